@@ -1,0 +1,301 @@
+"""Configs are frozen pydantic models; YAML files and `a.b=value` overrides only fill them in.
+
+One rule serves files, the command line, sweeps, notebooks and tests: a tree of plain values is laid over its
+`base:`, overrides are set in it, and the schema validates the result once. Nothing else (no environment
+variable) can change a run.
+"""
+
+import difflib
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import re
+import tokenize
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union
+
+import pydantic
+import yaml
+
+from jaxllm.core.errors import ConfigError
+
+
+class Config(pydantic.BaseModel):
+    """Base of every config: immutable, hashable (so it may be static under jit), no stray keys."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def union(*kinds: type[Config]) -> Any:
+    """The tagged union of config classes, chosen by `kind:`; a bare string stands for `{kind: string}`."""
+    if len(kinds) == 1:  # a union of one is waiting for its second; the tag is checked by its Literal
+        return Annotated[kinds[0], pydantic.BeforeValidator(_kind_alone)]
+    return Annotated[
+        Annotated[Union[kinds], pydantic.Field(discriminator="kind")],  # noqa: UP007 (built at run time)
+        pydantic.BeforeValidator(_kind_alone),
+    ]
+
+
+def _kind_alone(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class _Yaml(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """YAML 1.2 floats: PyYAML alone reads `3e-4` and `1e9` as strings."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load(schema: type[C], path: str | Path, overrides: typing.Sequence[str] = ()) -> C:
+    """Reads `path`, lays it over its `base:` file if it names one, then applies `a.b=value` overrides.
+
+    Raises:
+      ConfigError: listing every wrong field at once.
+    """
+    return parse(schema, read_tree(Path(path)), overrides, name=str(path))
+
+
+def parse(schema: type[C], tree: dict[str, Any], overrides: typing.Sequence[str] = (), name: str = "config") -> C:
+    """`schema` filled from a tree of plain values and `a.b=value` overrides; `name` opens the error message."""
+    for text in sorted(overrides, key=lambda t: not t.partition("=")[0].endswith("kind")):  # a kind clears its block
+        key, sep, value = text.partition("=")
+        if not sep or not key:
+            raise ConfigError(f"override {text!r} is not `path=value`; write for example model.num_layers=12")
+        try:
+            tree = _set(tree, key.split("."), yaml.load(value, _Yaml))
+        except yaml.YAMLError as e:
+            raise ConfigError(f"override {text!r}: the value is not YAML ({_one_line(e)})") from None
+    _check_version(schema, tree, name)
+    try:
+        return schema.model_validate(tree)
+    except pydantic.ValidationError as e:
+        raise ConfigError(f"{name}:\n" + "\n".join(_explain(schema, err) for err in e.errors())) from None
+
+
+def read_tree(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The plain values of a YAML file laid over those of its `base:`."""
+    if path.resolve() in _seen:
+        raise ConfigError(f"{path}: `base:` goes round in a circle: {' -> '.join(p.name for p in (*_seen, path))}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file{_nearby(path)}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 YAML ({_one_line(e)})") from None
+    try:
+        tree = yaml.load(text, _Yaml)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(e)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of names to values, got {type(tree).__name__}")
+    base = tree.pop("base", None)
+    return _merge(read_tree(path.parent / base, (*_seen, path.resolve())), tree) if base else tree
+
+
+def dump(cfg: Config) -> str:
+    """The whole config as YAML that `load` reads back to an equal value."""
+    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, width=110)
+
+
+def fingerprint(cfg: Config) -> str:
+    """SHA-256 (hex) of the config's canonical JSON: equal configs, equal fingerprints."""
+    text = json.dumps(cfg.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sweep(axes: typing.Sequence[str]) -> Iterator[list[str]]:
+    """`["optimizer.learning_rate=[1e-4,3e-4]", "seed=[0,1]"]` -> four override lists, in order."""
+    keys, values = [], []
+    for axis in axes:
+        key, sep, value = axis.partition("=")
+        points = yaml.load(value, _Yaml) if sep else None
+        if not isinstance(points, list):
+            raise ConfigError(f"sweep axis {axis!r} is not `path=[value, ...]`")
+        keys.append(key), values.append(points)
+    for point in itertools.product(*values):
+        yield [f"{k}={json.dumps(v)}" for k, v in zip(keys, point, strict=True)]
+
+
+class FieldDoc(NamedTuple):
+    """One settable path of a config schema."""
+
+    path: str
+    type: str
+    default: str
+    doc: str
+
+
+def fields(schema: type[Config], prefix: str = "", _above: tuple[type, ...] = ()) -> Iterator[FieldDoc]:
+    """Every settable path below `schema`. The doc of a field is the comment on its line."""
+    docs = _comments(schema)
+    for name, field in schema.model_fields.items():
+        path = f"{prefix}{name}"
+        nested = [t for t in _leaf_types(field.annotation) if isinstance(t, type) and issubclass(t, Config)]
+        default = "required" if field.is_required() else _short(field.get_default(call_default_factory=True))
+        if not nested:
+            yield FieldDoc(path, _type_name(field.annotation), default, docs.get(name, ""))
+            continue
+        kinds = [_kind(t) for t in nested if _kind(t)]
+        yield FieldDoc(path, " | ".join(kinds) or nested[0].__name__, default, docs.get(name, ""))
+        for t in nested:
+            inner = f"{path}[].".replace("[]", "[]" if _is_tuple(field.annotation) else "")
+            if t is schema or t in _above:  # a mask of masks names itself: once is enough
+                continue
+            for f in fields(t, inner, (*_above, schema)):
+                if f.path != f"{inner}kind":
+                    yield f._replace(path=f.path + (f"  ({_kind(t)})" if len(kinds) > 1 and "  (" not in f.path else ""))
+
+
+def _set(tree: dict, keys: list[str], value: Any) -> dict:
+    """A copy of `tree` with the value at `keys`; a new `kind` clears the block it names."""
+    key, rest = keys[0], keys[1:]
+    if isinstance(tree, list):
+        if not key.isdigit() or int(key) >= len(tree):
+            raise ConfigError(f"override: {key!r} is no index of a list of {len(tree)}")
+        copy = list(tree)
+        copy[int(key)] = _set(copy[int(key)], rest, value) if rest else value
+        return copy
+    if isinstance(tree, str):  # `optimizer: muon` is short for `optimizer: {kind: muon}`
+        tree = {"kind": tree}
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"override: cannot set {key!r} inside {tree!r}")
+    tree = tree or {}
+    if rest:
+        return tree | {key: _set(tree.get(key), rest, value)}
+    if key == "kind" and tree.get("kind") not in (None, value):
+        return {"kind": value}
+    return tree | {key: value}
+
+
+def merge(low: dict, high: dict) -> dict:
+    """`high` over `low`. A changed `kind` replaces the whole block: its old fields mean nothing now."""
+    return _merge(low, high)
+
+
+def _merge(low: dict, high: dict) -> dict:
+    if "kind" in high and high["kind"] != low.get("kind", high["kind"]):
+        return high
+    both = {k: _merge(low[k], v) if isinstance(v, dict) and isinstance(low.get(k), dict) else v for k, v in high.items()}
+    return low | both
+
+
+def _check_version(schema: type[Config], tree: dict, name: str) -> None:
+    known = schema.model_fields["version"].default if "version" in schema.model_fields else None
+    asked = tree.get("version", known)
+    if isinstance(asked, int) and known is not None and asked > known:
+        raise ConfigError(f"{name}: config version {asked} is newer than version {known}, the newest this jaxllm reads; upgrade jaxllm")
+
+
+def _explain(schema: type[Config], err: dict) -> str:
+    path, siblings = _locate(schema, err["loc"])
+    shown = ".".join(path) or "(top)"
+    if err["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(siblings))}"
+        return f"  {shown}: no such field{hint}"
+    if err["type"] == "union_tag_invalid":
+        return f"  {shown}: no kind {err['ctx']['tag']!r}; known: {err['ctx']['expected_tags']}"
+    if err["type"] == "union_tag_not_found":
+        return f"  {shown}: `kind:` is missing"
+    if err["type"] == "missing":
+        return f"  {shown}: is required"
+    message = err["msg"].replace("Value error, ", "")
+    if err["type"] != "value_error":
+        message += f" (got {err['input']!r})"
+    return f"  {shown}: {message}"
+
+
+def _locate(schema: Any, loc: tuple) -> tuple[list[str], set[str]]:
+    """The path as the file spells it (union tags taken out) and the fields that are known beside its end."""
+    path, here = [], [schema]
+    for part in loc:
+        tagged = [t for t in here if _kind(t) == part] if len(here) > 1 else []
+        if tagged:
+            here = tagged
+            continue
+        path.append(str(part))
+        if isinstance(part, int):
+            continue
+        siblings = set().union(*(getattr(t, "model_fields", {}) for t in here)) if here else set()
+        fields_ = [t.model_fields[part] for t in here if part in getattr(t, "model_fields", {})]
+        here = [t for f in fields_ for t in _leaf_types(f.annotation) if isinstance(t, type) and issubclass(t, Config)]
+    return path, siblings if path else set()
+
+
+def _kind(schema: Any) -> str | None:
+    field = getattr(schema, "model_fields", {}).get("kind")
+    return field.default if field is not None else None
+
+
+def _leaf_types(annotation: Any) -> list[Any]:
+    """The member types of unions, Annotated and tuples, flattened."""
+    origin = typing.get_origin(annotation)
+    if origin in (Union, types.UnionType, tuple, Annotated):
+        args = typing.get_args(annotation)[:1] if origin is Annotated else typing.get_args(annotation)
+        return [leaf for a in args for leaf in _leaf_types(a)]
+    return [annotation]
+
+
+def _is_tuple(annotation: Any) -> bool:
+    return any(typing.get_origin(a) is tuple for a in (annotation, *typing.get_args(annotation)))
+
+
+def _type_name(annotation: Any) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, typing.get_args(annotation)))
+    if origin in (Union, types.UnionType):
+        return " | ".join(_type_name(a) for a in typing.get_args(annotation))
+    if origin is Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    if origin is tuple:
+        return f"[{', '.join(_type_name(a) for a in typing.get_args(annotation) if a is not Ellipsis)}]"
+    return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Config):
+        return _kind(type(value)) or "{...}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_short(v) for v in value) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _comments(schema: type[Config]) -> dict[str, str]:
+    """Field name -> the comment on its line, read from the source (only `--fields` pays for it)."""
+    docs = {}
+    for cls in reversed(schema.__mro__):
+        if not (issubclass(cls, Config) and cls is not Config):
+            continue
+        name = None
+        depth = 0
+        for tok in tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline):
+            if tok.type == tokenize.NAME and tok.string in cls.model_fields and tok.start[1] == 4 and depth == 0:
+                name = tok.string
+            elif tok.type == tokenize.COMMENT and name and tok.line.strip() != tok.string:
+                docs[name] = tok.string.lstrip("# ")
+            elif tok.type == tokenize.OP:
+                depth += (tok.string in "([{") - (tok.string in ")]}")
+            elif tok.type == tokenize.NEWLINE and depth == 0:
+                name = None
+    return docs
+
+
+def _nearby(path: Path) -> str:
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _one_line(e: Exception) -> str:
+    return " ".join(str(e).split())

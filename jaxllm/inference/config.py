@@ -1,0 +1,50 @@
+"""What `generate` is asked. No JAX here."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from jaxllm.core.config import Config, union
+
+
+class Greedy(Config):
+    """The most probable token."""
+
+    kind: Literal["greedy"] = "greedy"
+    repetition_penalty: float = Field(1.0, gt=0)  # divides positive, multiplies negative logits of seen tokens
+
+
+class Sample(Config):
+    """A draw, after temperature, top-k, top-p and min-p, applied in that order."""
+
+    kind: Literal["sample"] = "sample"
+    temperature: float = Field(1.0, gt=0)  # logits are divided by it
+    top_k: int | None = Field(None, gt=0)  # keep the k most probable (Fan et al. 2018, arXiv:1805.04833)
+    top_p: float | None = Field(None, gt=0, le=1)  # keep the nucleus (Holtzman et al. 2019, arXiv:1904.09751)
+    min_p: float | None = Field(None, gt=0, le=1)  # keep p >= min_p * max p (Nguyen et al. 2024, arXiv:2407.01082)
+    repetition_penalty: float = Field(1.0, gt=0)  # of seen tokens (CTRL, Keskar et al. 2019, arXiv:1909.05858)
+
+
+class Beam(Config):
+    """The sequence of highest log-probability / length^length_penalty among `width` kept."""
+
+    kind: Literal["beam"] = "beam"
+    width: int = Field(4, gt=1)  # beams
+    length_penalty: float = Field(1.0, ge=0)  # exponent of the length (Wu et al. 2016, arXiv:1609.08144, section 7)
+
+
+Sampling = union(Greedy, Sample, Beam)
+
+
+class GenerateConfig(Config):
+    """`jaxllm generate`: completions of prompts."""
+
+    version: int = Field(1, ge=1)  # of this config format
+    model: str  # a run folder or one of its checkpoints
+    step: int | None = Field(None, ge=0)  # which checkpoint of a run; null: the newest
+    prompt: tuple[str, ...] = Field(min_length=1)  # texts to continue, as one batch
+    max_new_tokens: int = Field(64, gt=0)  # longest completion
+    sampling: Sampling = Sample(temperature=0.8, top_p=0.95)  # how tokens are chosen
+    stop: tuple[str, ...] = ()  # texts that end a completion; they are not part of it
+    seed: int = Field(0, ge=0)  # of the draws
+    stream: bool = True  # print tokens as they come (one prompt)

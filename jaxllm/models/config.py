@@ -1,0 +1,317 @@
+"""The grammar of decoders, on one page and without JAX: what a config may say, and what it means.
+
+Each choice is a small tagged part with its paper. The component that a part describes lives in
+`models/layers/`; nothing here computes, so a wrong config is refused before JAX is loaded.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from jaxllm.core.config import Config, merge, union
+from jaxllm.models.masks import Causal, Mask
+
+if TYPE_CHECKING:
+    from jaxllm.models.decoder import Decoder
+
+
+# --- norms ---------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(Config):
+    """x / rms(x) * scale (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    kind: Literal["rmsnorm"] = "rmsnorm"
+    epsilon: float = Field(1e-6, gt=0)  # added to the mean square
+    unit_offset: bool = False  # store scale - 1, so that weight decay pulls towards 1 (Gemma)
+
+
+class LayerNorm(Config):
+    """(x - mean) / std * scale + bias (Ba et al. 2016, arXiv:1607.06450); without bias: PaLM, arXiv:2204.02311."""
+
+    kind: Literal["layernorm"] = "layernorm"
+    epsilon: float = Field(1e-5, gt=0)  # added to the variance
+    bias: bool = True  # learn a shift as well as a scale
+
+
+Norm = union(RMSNorm, LayerNorm)
+
+
+# --- where the norms stand -----------------------------------------------------------------------------------
+
+
+class Pre(Config):
+    """x + f(norm(x)) (Xiong et al. 2020, arXiv:2002.04745)."""
+
+    kind: Literal["pre"] = "pre"
+
+
+class Post(Config):
+    """norm(x + f(x)) (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+    kind: Literal["post"] = "post"
+
+
+class Sandwich(Config):
+    """x + norm(f(norm(x))) (Ding et al. 2021, arXiv:2105.13290; Gemma 2, arXiv:2408.00118)."""
+
+    kind: Literal["sandwich"] = "sandwich"
+
+
+class Parallel(Config):
+    """x + attention(norm(x)) + ffn(norm'(x)) (GPT-J; PaLM, arXiv:2204.02311, section 2)."""
+
+    kind: Literal["parallel"] = "parallel"
+    norms: Literal[1, 2] = 1  # one shared by both branches (GPT-J, PaLM) or one each (GPT-NeoX, arXiv:2204.06745)
+
+
+class SubLN(Config):
+    """Pre-norm with a second norm before each output projection (Magneto, Wang et al. 2022, arXiv:2210.06423)."""
+
+    kind: Literal["subln"] = "subln"
+
+
+class DeepNorm(Config):
+    """norm(alpha x + f(x)), alpha = (2L)^(1/4) (Wang et al. 2022, arXiv:2203.00555, table 1, decoder-only).
+
+    The values, output projection and FFN weights start scaled by beta = (8L)^(-1/4).
+    """
+
+    kind: Literal["deepnorm"] = "deepnorm"
+
+
+Placement = union(Pre, Post, Sandwich, Parallel, SubLN, DeepNorm)
+
+
+# --- positions -----------------------------------------------------------------------------------------------
+
+
+class NoPosition(Config):
+    """No position signal but the causal mask (Kazemnejad et al. 2023, arXiv:2305.19466)."""
+
+    kind: Literal["none"] = "none"
+
+
+class Sinusoidal(Config):
+    """Fixed sines and cosines added to the embedding (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)."""
+
+    kind: Literal["sinusoidal"] = "sinusoidal"
+    base: float = Field(10_000.0, gt=0)  # longest wavelength is 2 pi times this
+
+
+class Learned(Config):
+    """A learned vector per position, `context` of them (Radford et al. 2019, GPT-2)."""
+
+    kind: Literal["learned"] = "learned"
+
+
+class RoPE(Config):
+    """Rotary embedding of queries and keys (Su et al. 2021, arXiv:2104.09864)."""
+
+    kind: Literal["rope"] = "rope"
+    theta: float = Field(10_000.0, gt=0)  # base of the geometric series of wavelengths
+    fraction: float = Field(1.0, gt=0, le=1)  # share of each head that is rotated (GPT-NeoX: 0.25)
+    interleaved: bool = False  # pairs are (0,1),(2,3).. as in the paper and GPT-J; else halves, as in LLaMA
+
+
+class ALiBi(Config):
+    """A penalty on the logits, linear in distance, one slope a head (Press et al. 2021, arXiv:2108.12409)."""
+
+    kind: Literal["alibi"] = "alibi"
+
+
+Position = union(NoPosition, Sinusoidal, Learned, RoPE, ALiBi)
+
+
+# --- attention and feed-forward --------------------------------------------------------------------------------
+
+
+class Attention(Config):
+    """Multi-head (num_kv_heads = num_heads), grouped (fewer) or multi-query (1) attention.
+
+    Vaswani et al. 2017, arXiv:1706.03762; Shazeer 2019, arXiv:1911.02150; Ainslie et al. 2023, arXiv:2305.13245.
+    """
+
+    num_heads: int = Field(8, gt=0)  # query heads
+    num_kv_heads: int | None = Field(None, gt=0)  # key and value heads; null: as many as query heads
+    head_dim: int | None = Field(None, gt=0)  # size of a head; null: embed / num_heads
+    bias: bool = False  # biases on the query, key and value projections
+    out_bias: bool = False  # bias on the output projection
+    qk_norm: Norm | None = None  # norm of queries and keys over head_dim (Henry et al. 2020, arXiv:2010.04245)
+    softcap: float | None = Field(None, gt=0)  # logits -> c tanh(logits / c) (Gemma 2, arXiv:2408.00118)
+    window: int | None = Field(None, gt=0)  # a query sees itself and window-1 earlier tokens (Mistral, 2310.06825)
+    scale: float | None = Field(None, gt=0)  # multiplies q.k; null: head_dim^(-1/2)
+    mask: Mask = Causal()  # who sees whom, before window and documents are applied
+
+    @model_validator(mode="after")
+    def _heads_divide(self):
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "sigmoid", "identity"]
+
+
+class FFN(Config):
+    """act(x W_up) W_down, or with a gate act(x W_gate) * (x W_up) W_down (Shazeer 2020, arXiv:2002.05202).
+
+    silu + glu is SwiGLU, gelu + glu GEGLU, relu + glu ReGLU, sigmoid + glu GLU, identity + glu bilinear;
+    relu2 is squared ReLU (So et al. 2021, arXiv:2109.08668).
+    """
+
+    mlp: int = Field(2048, gt=0)  # width of the hidden layer
+    activation: Activation = "silu"  # gelu is exact (erf), gelu_tanh the approximation of GPT-2
+    glu: bool = True  # multiply by a gate
+    bias: bool = False  # biases on all its projections
+
+
+class Dropout(Config):
+    """Probabilities of zeroing, in training only (Srivastava et al. 2014)."""
+
+    embedding: float = Field(0.0, ge=0, lt=1)  # of the embedded tokens
+    attention: float = Field(0.0, ge=0, lt=1)  # of attention probabilities
+    residual: float = Field(0.0, ge=0, lt=1)  # of each branch before it is added
+
+
+class Block(Config):
+    """One layer: attention and feed-forward with residual connections."""
+
+    norm: Norm = RMSNorm()  # the norm used everywhere in the layer
+    placement: Placement = Pre()  # where the norms stand
+    attention: Attention = Attention()  # the attention
+    ffn: FFN = FFN()  # the feed-forward
+
+
+# --- initialisation ------------------------------------------------------------------------------------------
+
+
+class FanIn(Config):
+    """Truncated normal of variance scale / fan-in (LeCun et al. 1998); embeddings std `embedding`."""
+
+    kind: Literal["fan_in"] = "fan_in"
+    scale: float = Field(1.0, gt=0)  # variance times fan-in
+    embedding: float = Field(1.0, gt=0)  # standard deviation of embedding rows
+
+
+class Normal(Config):
+    """Normal of fixed std, everywhere (GPT-1, BERT: 0.02)."""
+
+    kind: Literal["normal"] = "normal"
+    std: float = Field(0.02, gt=0)  # standard deviation
+    scale_residual: bool = False  # output projections by a further 1/sqrt(2L) (GPT-2; Radford et al. 2019, 2.3)
+
+
+class SmallInit(Config):
+    """Normal of std sqrt(2 / (5 D)) (Nguyen & Salazar 2019, arXiv:1910.05895), outputs 2 / (L sqrt(D)) (GPT-NeoX)."""
+
+    kind: Literal["small"] = "small"
+
+
+class Xavier(Config):
+    """Normal of variance 2 / (fan-in + fan-out) (Glorot & Bengio 2010); embeddings std D^(-1/2)."""
+
+    kind: Literal["xavier"] = "xavier"
+
+
+Init = union(FanIn, Normal, SmallInit, Xavier)
+
+
+# --- the decoder ---------------------------------------------------------------------------------------------
+
+
+class DecoderConfig(Config):
+    """A decoder-only language model.
+
+    Layers repeat `pattern` (each entry is `block` with what the entry says laid over it; empty: `block` alone):
+    one entry for LLaMA, two for Gemma 2's local and global layers. Layers of one entry are stacked and scanned.
+    """
+
+    kind: Literal["decoder"] = "decoder"
+    vocab: int | None = Field(None, gt=0)  # rows of the embedding; null: the size of the data's tokenizer
+    context: int = Field(2048, gt=0)  # longest sequence the model is meant for
+    embed: int = Field(512, gt=0)  # width of the residual stream
+    num_layers: int = Field(8, gt=0)  # layers
+    block: Block = Block()  # what a layer is
+    pattern: tuple[Block, ...] = ()  # a repeating group of layers that differ, each a diff to `block`
+    position: Position = RoPE()  # how order is told
+    embed_scale: float = Field(1.0, gt=0)  # embeddings are multiplied by this (Gemma, T5: sqrt(embed))
+    embedding_norm: Norm | None = None  # norm of the embeddings (BLOOM, arXiv:2211.05100)
+    final_norm: bool = True  # norm before the output head; post-norm stacks end in a norm already
+    tie: bool = False  # output head = embedding transposed (Press & Wolf 2016, arXiv:1608.05859)
+    head_bias: bool = False  # bias on the output head (GPT-J)
+    logit_softcap: float | None = Field(None, gt=0)  # final logits -> c tanh(logits / c) (Gemma 2)
+    dropout: Dropout = Dropout()  # regularisation in training
+    init: Init = FanIn()  # how weights start
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pattern_over_block(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or not isinstance(tree.get("pattern"), list | tuple):
+            return tree
+        low = tree.get("block", {})
+        low = low.model_dump() if isinstance(low, Block) else low
+        pattern = [merge(low, entry) if isinstance(entry, dict) else entry for entry in tree["pattern"]]
+        return tree | {"pattern": pattern}
+
+    @model_validator(mode="after")
+    def _parts_fit(self):
+        for block in self.blocks:
+            a = block.attention
+            if a.head_dim is None and self.embed % a.num_heads:
+                raise ValueError(f"embed={self.embed} must be a multiple of num_heads={a.num_heads}, or set attention.head_dim")
+            if isinstance(self.position, RoPE) and self.rotary_dim(a) % 2:
+                raise ValueError(f"position.fraction={self.position.fraction} rotates {self.rotary_dim(a)} of head_dim={self.head_dim(a)}: must be even")
+        if len(self.blocks) > self.num_layers:
+            raise ValueError(f"pattern has {len(self.blocks)} entries for num_layers={self.num_layers}")
+        if len({b.placement.kind in ("post", "deepnorm") for b in self.blocks}) > 1:
+            raise ValueError("pattern mixes post-norm with pre-norm placements")
+        return self
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The repeating group."""
+        return self.pattern or (self.block,)
+
+    def layer(self, index: int) -> Block:
+        return self.blocks[index % len(self.blocks)]
+
+    @property
+    def num_groups(self) -> int:
+        """Whole repetitions of the group; `num_layers % len(blocks)` layers are left over as a tail."""
+        return self.num_layers // len(self.blocks)
+
+    @property
+    def depth(self) -> int:
+        """Number of layers, as depth-dependent initialisation counts them."""
+        return self.num_layers
+
+    def head_dim(self, attention: Attention) -> int:
+        return attention.head_dim or self.embed // attention.num_heads
+
+    def rotary_dim(self, attention: Attention) -> int:
+        return round(self.head_dim(attention) * getattr(self.position, "fraction", 0.0))
+
+    @property
+    def deepnorm_alpha(self) -> float:
+        return math.pow(2 * self.num_layers, 0.25)
+
+    @property
+    def deepnorm_beta(self) -> float:
+        return math.pow(8 * self.num_layers, -0.25)
+
+    def build(self, seed: int = 0) -> "Decoder":
+        """The model with freshly initialised float32 weights."""
+        from flax import nnx
+
+        from jaxllm.models.decoder import Decoder
+
+        return Decoder(self, rngs=nnx.Rngs(seed))
+
+
+Model = union(DecoderConfig)

@@ -1,0 +1,252 @@
+"""RunConfig: the whole of a training run in one value. No JAX here."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from jaxllm.core.config import Config, union
+from jaxllm.core.metrics import Metrics
+from jaxllm.data.config import DataConfig
+from jaxllm.models.config import Model
+from jaxllm.objectives.config import NextToken, Objective
+from jaxllm.parallel.config import Mesh, Remat, Sharding
+
+
+# --- schedules: multiples of the peak learning rate by step -----------------------------------------------------
+
+
+class _Schedule(Config):
+    warmup: int = Field(0, ge=0)  # steps of linear rise from 0 to the peak
+
+
+class Constant(_Schedule):
+    """Stays at the peak."""
+
+    kind: Literal["constant"] = "constant"
+
+
+class Cosine(_Schedule):
+    """Half a cosine from the peak to `floor` at the last step (Loshchilov & Hutter 2016, arXiv:1608.03983)."""
+
+    kind: Literal["cosine"] = "cosine"
+    floor: float = Field(0.1, ge=0, le=1)  # end, as a share of the peak (Chinchilla, arXiv:2203.15556: 0.1)
+
+
+class Linear(_Schedule):
+    """A straight line from the peak to `floor` at the last step."""
+
+    kind: Literal["linear"] = "linear"
+    floor: float = Field(0.0, ge=0, le=1)  # end, as a share of the peak
+
+
+class WSD(_Schedule):
+    """Warmup, stable, decay (MiniCPM, Hu et al. 2024, arXiv:2404.06395, section 4)."""
+
+    kind: Literal["wsd"] = "wsd"
+    decay: float = Field(0.1, gt=0, le=1)  # share of the steps that decay, at the end
+    floor: float = Field(0.0, ge=0, le=1)  # end, as a share of the peak
+    shape: Literal["linear", "sqrt", "exponential"] = "linear"  # of the decay; sqrt is 1 - sqrt (arXiv:2405.18392)
+
+
+class InverseSqrt(_Schedule):
+    """peak * sqrt(warmup / step) after the warmup (Vaswani et al. 2017, arXiv:1706.03762, equation 3)."""
+
+    kind: Literal["inverse_sqrt"] = "inverse_sqrt"
+    warmup: int = Field(1000, gt=0)  # steps of linear rise from 0 to the peak
+
+
+Schedule = union(Constant, Cosine, Linear, WSD, InverseSqrt)
+
+
+# --- optimizers ----------------------------------------------------------------------------------------------------
+
+
+class _Optimizer(Config):
+    learning_rate: float = Field(gt=0)  # peak learning rate
+    weight_decay: float = Field(0.0, ge=0)  # decoupled, of matrices only: norms, biases and vectors do not decay
+
+
+class AdamW(_Optimizer):
+    """Loshchilov & Hutter 2017, arXiv:1711.05101."""
+
+    kind: Literal["adamw"] = "adamw"
+    weight_decay: float = Field(0.1, ge=0)  # decoupled, of matrices only
+    b1: float = Field(0.9, ge=0, lt=1)  # decay of the mean of gradients
+    b2: float = Field(0.95, ge=0, lt=1)  # decay of the mean of their squares
+    epsilon: float = Field(1e-8, gt=0)  # added to the root
+
+
+class Adafactor(_Optimizer):
+    """Factored second moments: memory of rows + columns (Shazeer & Stern 2018, arXiv:1804.04235)."""
+
+    kind: Literal["adafactor"] = "adafactor"
+    decay: float = Field(0.8, gt=0, le=1)  # exponent c of 1 - step^-c
+    clipping: float | None = Field(1.0, gt=0)  # of the update's root mean square; null: none
+    min_dim: int = Field(128, gt=0)  # smaller dimensions are not factored
+    scale_by_parameter: bool = False  # multiply the rate by the parameter's root mean square
+
+
+class Lion(_Optimizer):
+    """Sign of an interpolated momentum (Chen et al. 2023, arXiv:2302.06675)."""
+
+    kind: Literal["lion"] = "lion"
+    weight_decay: float = Field(1.0, ge=0)  # decoupled, of matrices only
+    b1: float = Field(0.9, ge=0, lt=1)  # interpolation for the update
+    b2: float = Field(0.99, ge=0, lt=1)  # decay of the momentum
+
+
+class SGD(_Optimizer):
+    """Stochastic gradient descent with momentum."""
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1)  # 0: none
+    nesterov: bool = False  # look ahead
+
+
+class Muon(_Optimizer):
+    """Orthogonalised momentum for matrices, AdamW for the rest (Jordan et al. 2024; Liu et al. 2025, 2502.16982)."""
+
+    kind: Literal["muon"] = "muon"
+    weight_decay: float = Field(0.1, ge=0)  # decoupled, of matrices only
+    momentum: float = Field(0.95, ge=0, lt=1)  # of the matrices
+    adam: AdamW = AdamW(learning_rate=3e-4)  # for embeddings, head, norms and biases
+
+
+Optimizer = union(AdamW, Adafactor, Lion, SGD, Muon)
+
+
+# --- precision -----------------------------------------------------------------------------------------------------
+
+
+class Float32(Config):
+    """Everything in float32."""
+
+    kind: Literal["float32"] = "float32"
+
+
+class BFloat16(Config):
+    """Computes in bfloat16, keeps float32 master weights and optimizer state (Kalamkar et al. 2019, 1905.12322)."""
+
+    kind: Literal["bfloat16"] = "bfloat16"
+
+
+class Float16(Config):
+    """Computes in float16 with a dynamic loss scale (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2).
+
+    An overflow skips the step and halves the scale; `growth_interval` good steps double it.
+    """
+
+    kind: Literal["float16"] = "float16"
+    initial_scale: float = Field(2.0**15, gt=0)  # loss scale at the start
+    growth_interval: int = Field(2000, gt=0)  # good steps before the scale doubles
+    min_scale: float = Field(1.0, gt=0)  # the scale is not halved below this
+
+
+Precision = union(Float32, BFloat16, Float16)
+
+
+# --- the rest of a run ---------------------------------------------------------------------------------------------
+
+
+class Ramp(Config):
+    """Batch size grows in equal steps of rows (GPT-3, arXiv:2005.14165, appendix B)."""
+
+    start: int = Field(gt=0)  # rows of the first batches
+    increment: int = Field(gt=0)  # rows added at a time
+    steps: int = Field(gt=0)  # steps until the full batch
+
+
+class Evaluation(Config):
+    """Held-out loss, perplexity, bits per byte and token accuracy."""
+
+    every: int = Field(500, ge=0)  # steps; 0: only at the end
+    rows: int | None = Field(None, gt=0)  # held-out rows to use, the first ones; null: all
+
+
+class Checkpoints(Config):
+    """When to save, what to keep."""
+
+    every: int = Field(1000, gt=0)  # steps
+    keep: int = Field(3, gt=0)  # newest that are kept
+    best: bool = True  # also keep the one with the lowest held-out loss
+    asynchronous: bool = True  # write while training goes on
+
+
+class Stability(Config):
+    """What to do when a step goes wrong (PaLM, arXiv:2204.02311, section 5.1: rewind and skip 200-500 batches)."""
+
+    skip_nonfinite: bool = True  # leave the state as it was when loss or gradients are not finite; counted
+    max_skipped: int = Field(20, gt=0)  # non-finite steps in a row that end the run
+    spike_zscore: float | None = Field(None, gt=0)  # a loss this many deviations above its mean rewinds; null: never
+    spike_window: int = Field(100, gt=1)  # steps that make the mean and deviation
+    spike_patience: int = Field(1, gt=0)  # spiked steps in a row that count as a spike
+    skip_batches: int = Field(10, ge=0)  # batches skipped beyond the spike when rewinding
+    max_rewinds: int = Field(5, gt=0)  # rewinds that end the run
+
+
+class Profile(Config):
+    """A window of steps recorded for TensorBoard or Perfetto."""
+
+    start: int = Field(10, ge=1)  # first step recorded
+    steps: int = Field(3, gt=0)  # steps recorded
+
+
+class RunConfig(Config):
+    """`jaxllm train`: one training run."""
+
+    version: int = Field(1, ge=1)  # of this config format
+    out: str  # the run folder
+    seed: int = Field(0, ge=0)  # of weights, data order and dropout
+    steps: int = Field(gt=0)  # optimizer steps
+    batch: int = Field(gt=0)  # rows of a step, over all devices
+    accumulate: int = Field(1, gt=0)  # microbatches a step is cut into
+    ramp: Ramp | None = None  # a batch that grows at the start
+    data: DataConfig  # what to train on
+    model: Model  # what to train
+    initial: str | None = None  # run or checkpoint folder to take the weights from
+    objective: Objective = NextToken()  # what is minimised
+    optimizer: Optimizer  # how
+    schedule: Schedule = Cosine(warmup=100)  # learning rate over time
+    clip: float | None = Field(1.0, gt=0)  # largest norm of the gradient; null: none
+    precision: Precision = Float32()  # of compute and weights
+    remat: Remat = "none"  # what the backward pass computes again
+    scan: bool = True  # scan over layers (compile time does not grow with depth); false: unroll
+    mesh: Mesh = Mesh()  # devices by axis
+    sharding: Sharding = Sharding()  # what lies on which mesh axis
+    evaluation: Evaluation = Evaluation()  # on held-out rows
+    checkpoints: Checkpoints = Checkpoints()  # saving
+    stability: Stability = Stability()  # non-finite steps and spikes
+    metrics: Metrics = Metrics()  # logging
+    profile: Profile | None = None  # profiling window
+    compile_cache: bool = True  # keep compiled programs for the next start
+
+    @model_validator(mode="after")
+    def _batch_divides(self):
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch={self.batch} must be a multiple of accumulate={self.accumulate}")
+        if self.ramp:
+            for rows in self.ramp_sizes():
+                if rows % self.accumulate:
+                    raise ValueError(f"ramp gives a batch of {rows} rows, not a multiple of accumulate={self.accumulate}")
+            if self.ramp.start > self.batch:
+                raise ValueError(f"ramp.start={self.ramp.start} is above batch={self.batch}")
+        return self
+
+    def ramp_sizes(self) -> tuple[int, ...]:
+        """The batch sizes of the ramp, in order, the full batch last."""
+        if not self.ramp:
+            return (self.batch,)
+        return (*range(self.ramp.start, self.batch, self.ramp.increment), self.batch)
+
+    def batch_rows(self, k: int) -> tuple[int, int]:
+        """First row and number of rows of batch k: the ramp's sizes share its steps equally."""
+        if not self.ramp:
+            return k * self.batch, self.batch
+        *small, full = self.ramp_sizes()
+        first = 0
+        for i, rows in enumerate(small):
+            lo, hi = self.ramp.steps * i // len(small), self.ramp.steps * (i + 1) // len(small)
+            if k < hi:
+                return first + (k - lo) * rows, rows
+            first += (hi - lo) * rows
+        return first + (k - (self.ramp.steps if small else 0)) * full, full
