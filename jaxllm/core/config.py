@@ -37,14 +37,14 @@ C = TypeVar("C", bound=Config)
 def union(*kinds: type[Config]) -> Any:
     """The tagged union of config classes, chosen by `kind:`; a bare string stands for `{kind: string}`."""
     if len(kinds) == 1:  # a union of one is waiting for its second; the tag is checked by its Literal
-        return Annotated[kinds[0], pydantic.BeforeValidator(_kind_alone)]
+        return Annotated[kinds[0], pydantic.BeforeValidator(kind_alone)]
     return Annotated[
         Annotated[Union[kinds], pydantic.Field(discriminator="kind")],  # noqa: UP007 (built at run time)
-        pydantic.BeforeValidator(_kind_alone),
+        pydantic.BeforeValidator(kind_alone),
     ]
 
 
-def _kind_alone(value: Any) -> Any:
+def kind_alone(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 

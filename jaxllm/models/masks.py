@@ -6,10 +6,9 @@ only, so the same value works on numpy arrays, traced JAX arrays and plain integ
 
 from typing import Annotated, Any, Literal, NamedTuple, Union
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from jaxllm.core.config import Config, _kind_alone
-from pydantic import BeforeValidator
+from jaxllm.core.config import Config, kind_alone
 
 
 class Coords(NamedTuple):
@@ -21,6 +20,11 @@ class Coords(NamedTuple):
 
 
 class _Combines(Config):
+    @property
+    def decodable(self) -> bool:
+        """Whether tokens never see what is generated after them (a prefix is there before generation starts)."""
+        return True
+
     def __and__(self, other: "_Combines") -> "All":
         return All(of=(self, other))
 
@@ -41,6 +45,10 @@ class Full(_Combines):
     """Every token sees every token."""
 
     kind: Literal["full"] = "full"
+
+    @property
+    def decodable(self) -> bool:
+        return False
 
     def visible(self, q: Coords, k: Coords) -> Any:
         return k.index == k.index  # true, in the shape of the coordinates
@@ -65,6 +73,10 @@ class Window(_Combines):
     left: int = Field(gt=0)  # tokens seen up to and including the token itself
     right: int = Field(0, ge=0)  # tokens seen after it
 
+    @property
+    def decodable(self) -> bool:
+        return self.right == 0
+
     def visible(self, q: Coords, k: Coords) -> Any:
         return (q.index - k.index < self.left) & (k.index - q.index <= self.right)
 
@@ -73,6 +85,10 @@ class Document(_Combines):
     """A token sees its own document only; padding (document 0) is seen by padding only."""
 
     kind: Literal["document"] = "document"
+
+    @property
+    def decodable(self) -> bool:
+        return False
 
     def visible(self, q: Coords, k: Coords) -> Any:
         return q.document == k.document
@@ -83,6 +99,10 @@ class All(_Combines):
 
     kind: Literal["all"] = "all"
     of: tuple["Mask", ...] = Field(min_length=1)  # the parts
+
+    @property
+    def decodable(self) -> bool:
+        return any(mask.decodable for mask in self.of)
 
     def visible(self, q: Coords, k: Coords) -> Any:
         seen = self.of[0].visible(q, k)
@@ -97,6 +117,10 @@ class Some(_Combines):
     kind: Literal["some"] = "some"
     of: tuple["Mask", ...] = Field(min_length=1)  # the parts
 
+    @property
+    def decodable(self) -> bool:
+        return all(mask.decodable for mask in self.of)
+
     def visible(self, q: Coords, k: Coords) -> Any:
         seen = self.of[0].visible(q, k)
         for mask in self.of[1:]:
@@ -106,7 +130,7 @@ class Some(_Combines):
 
 Mask = Annotated[
     Annotated[Union[Causal, Full, Prefix, Window, Document, All, Some], Field(discriminator="kind")],
-    BeforeValidator(_kind_alone),
+    BeforeValidator(kind_alone),
 ]
 All.model_rebuild()
 Some.model_rebuild()

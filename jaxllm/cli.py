@@ -1,0 +1,135 @@
+"""The command line: `jaxllm VERB CONFIG [a.b=value ...]`. The schema of a verb's config is its reference."""
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jaxllm
+from jaxllm.core.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 1 (doctor: something needed is missing), 2 (a message for the user), 130 (interrupted)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"jaxllm {jaxllm.__version__}")
+        return 0
+    verb, *rest = argv
+    try:
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, n=1)
+            raise UserError(f"no verb {verb!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(VERBS)}"))
+        return VERBS[verb][0](verb, rest) or 0
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _config_verb(verb: str, argv: list[str]) -> None:
+    parser = _parser(verb, "CONFIG", "a YAML file")
+    parser.add_argument("--fields", action="store_true", help="list every field of the config and stop")
+    _call(parser.parse_intermixed_args(argv), verb, [])
+
+
+def _generate(verb: str, argv: list[str]) -> None:
+    parser = _parser(verb, "CONFIG", "a YAML file, or the folder of a run or of one of its checkpoints")
+    parser.add_argument("--fields", action="store_true", help="list every field of the config and stop")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="prompt=[TEXT]; more than once for a batch")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="max_new_tokens=N")
+    parser.add_argument("--temperature", type=float, metavar="T", help="sampling.temperature=T; 0: sampling.kind=greedy")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sampling.top_k=K")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sampling.top_p=P")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed=N")
+    args = parser.parse_intermixed_args(argv)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    overrides = {name: given[name] for name in ("prompt", "max_new_tokens", "seed") if name in given}
+    if sampling := {name: given[name] for name in ("temperature", "top_k", "top_p") if name in given}:
+        if sampling.get("temperature") == 0:
+            del sampling["temperature"]
+            overrides["sampling.kind"] = "greedy"
+        else:
+            overrides["sampling.kind"] = "sample"
+        overrides |= {f"sampling.{name}": value for name, value in sampling.items()}
+    _call(args, verb, [f"{path}={json.dumps(value)}" for path, value in overrides.items()])
+
+
+def _call(args: argparse.Namespace, verb: str, overrides: list[str]) -> None:
+    from jaxllm import verbs
+
+    if args.fields:
+        _print_fields(verbs.schema(verb))
+    elif args.config is None:
+        raise UserError(f"no config given; for example: {VERBS[verb][2]}")
+    else:
+        getattr(verbs, verb)(args.config, *overrides, *args.overrides)
+
+
+def _print_fields(schema: type) -> None:
+    from jaxllm.core.config import fields
+
+    rows = [("field", "type", "default", "meaning"), *fields(schema)]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)] + [0]
+    try:
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; what is left in the buffer has nowhere to go
+        sys.stdout = None
+
+
+def _report(verb: str, argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(f"jaxllm {verb}", description="Draws RUN/loss.png from RUN/metrics.jsonl.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    args = parser.parse_args(argv)
+    from jaxllm.evaluation.report import draw_losses
+
+    print(draw_losses(args.run))
+
+
+def _doctor(verb: str, argv: list[str]) -> int:
+    args = _parser(verb, "CONFIG", "a config, to check against this machine").parse_intermixed_args(argv)
+    from jaxllm.doctor import examine
+
+    return examine(args.config, args.overrides)
+
+
+def _bench(verb: str, argv: list[str]) -> None:
+    from jaxllm import bench
+
+    parser = argparse.ArgumentParser(f"jaxllm {verb}", description="Prints one JSON object; ratio > 1: ours is better.")
+    parser.add_argument("name", choices=bench.names(), help="what to measure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the object to FILE too")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds, ours and the peer's in turn (5)")
+    args = parser.parse_args(argv)
+    bench.run(args.name, rounds=args.rounds, file=args.json)
+
+
+def _parser(verb: str, config: str, doc: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"jaxllm {verb}", description=f"{VERBS[verb][1]}: {VERBS[verb][2]}")
+    parser.add_argument("config", nargs="?", metavar=config, help=doc)
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="fields to set")
+    return parser
+
+
+VERBS = {
+    "prepare": (_config_verb, "documents to packed token shards", "jaxllm prepare configs/data/quickstart.yaml"),
+    "train": (_config_verb, "shards to a model", "jaxllm train configs/train/quickstart.yaml steps=500"),
+    "generate": (_generate, "a model continues prompts", "jaxllm generate runs/quickstart --prompt 'def '"),
+    "report": (_report, "draws the loss curves of a run", "jaxllm report runs/quickstart"),
+    "doctor": (_doctor, "what is here, what is missing, what to type for it", "jaxllm doctor [CONFIG]"),
+    "bench": (_bench, "measures ours beside a peer", "jaxllm bench train --json FILE"),
+}
+HELP = f"""usage: jaxllm VERB CONFIG [a.b=value ...]
+
+{chr(10).join(f"  {verb:9} {does:51} {example}" for verb, (_, does, example) in VERBS.items())}
+
+CONFIG is a YAML file; a.b=value sets one of its fields, in YAML too: model.num_layers=12
+`jaxllm train --fields` lists every field with type, default and meaning; prepare and generate likewise.
+`jaxllm VERB --help` shows the options of a verb."""

@@ -1,0 +1,304 @@
+"""The decoder: embedding, layers scanned in repeating groups, head; with a cache for generation."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.core.axes import constrain
+from jaxllm.core.errors import ConfigError
+from jaxllm.core.shapes import Array, Bool, Float, Int, Key
+from jaxllm.models.config import Block as BlockConfig
+from jaxllm.models.config import DecoderConfig
+from jaxllm.models.layers.attention import KV, Tokens
+from jaxllm.models.layers.block import Block, Layer, drop
+from jaxllm.models.layers.init import Weight, std
+from jaxllm.models.layers.norm import Norm
+from jaxllm.models.layers.param import constant, param
+from jaxllm.models.layers.position import rotation, sinusoids
+from jaxllm.models.remat import Remat, remat
+
+
+class Cache(NamedTuple):
+    """Keys and values of a left-padded batch: one entry a pattern slot [G, B, S, K, H], one a tail layer [B, S, K, H].
+
+    S is the capacity, or the window of a sliding-window layer if that is less: such a layer is a ring buffer in
+    which token i stands at slot i mod S.
+    """
+
+    blocks: tuple[KV, ...]
+    tail: tuple[KV, ...]
+    length: Int[Array, ""]  # tokens so far, padding included; alike for all rows
+    pad_B: Int[Array, " B"]  # padding tokens at the left of each row
+    prefix_B: Int[Array, " B"]  # tokens of the bidirectional prefix
+
+    def reorder(self, rows_B: Int[Array, " R"]) -> "Cache":
+        """The cache of rows `rows_B`, in that order; rows may repeat (beam search)."""
+        take = functools.partial(jnp.take, indices=rows_B)
+        return self._replace(
+            blocks=jax.tree.map(functools.partial(take, axis=1), self.blocks),
+            tail=jax.tree.map(functools.partial(take, axis=0), self.tail),
+            pad_B=take(self.pad_B, axis=0), prefix_B=take(self.prefix_B, axis=0),
+        )  # fmt: skip
+
+
+class Decoder(nnx.Module):
+    """See `DecoderConfig`. Weights of pattern slot s are stacked over groups in `blocks[s]`; left-over layers in `tail`.
+
+    `scan=False` unrolls the groups, `remat` names what the backward pass computes again: neither changes a weight
+    or a result.
+    """
+
+    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs, scan: bool = True, remat: Remat = "none"):
+        if cfg.vocab is None:
+            raise ConfigError("model.vocab is not set; give it, or build the model from prepared data")
+        self.cfg, self.scan, self.remat = cfg, scan, remat
+        self.embedding = param(rngs, std(cfg, Weight("embedding", cfg.vocab, cfg.embed)), vocab=cfg.vocab, embed=cfg.embed)
+        if cfg.position.kind == "learned":
+            self.positions = param(
+                rngs, std(cfg, Weight("embedding", cfg.context, cfg.embed)), position=cfg.context, embed=cfg.embed
+            )
+        if cfg.embedding_norm:
+            self.embedding_norm = Norm(cfg.embedding_norm, embed=cfg.embed)
+        # A layer's weights depend on the seed and its number only, not on how layers are grouped.
+        key = rngs.params()
+        P, G = len(cfg.blocks), cfg.num_groups
+        self.blocks = nnx.List([stacked(cfg, cfg.blocks[s], key, s + P * jnp.arange(G)) for s in range(P)])
+        self.tail = nnx.List([make(cfg, cfg.layer(i), jax.random.fold_in(key, i)) for i in range(P * G, cfg.num_layers)])
+        if cfg.final_norm:
+            self.final_norm = Norm(cfg.blocks[-1].norm, embed=cfg.embed)
+        if not cfg.tie:
+            self.head = param(rngs, std(cfg, Weight("head", cfg.embed, cfg.vocab)), embed=cfg.embed, vocab=cfg.vocab)
+        if cfg.head_bias:
+            self.head_bias = constant(0.0, vocab=cfg.vocab)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        documents_BT: Int[Array, "B T"],
+        *,
+        prefix_BT: Bool[Array, "B T"] | None = None,
+        key: Key | None = None,
+    ) -> Float[Array, "B T V"]:
+        """float32 logits of the token after each token.
+
+        Args:
+          positions_BT: position in the document, from 0; padding may hold anything.
+          documents_BT: document id in a packed row; 0 is padding and is seen by padding only.
+          prefix_BT: marks tokens of a bidirectional prefix, for masks with `prefix`.
+          key: turns dropout on.
+        """
+        return self.logits(self.hidden(tokens_BT, positions_BT, documents_BT, prefix_BT=prefix_BT, key=key))
+
+    def hidden(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        documents_BT: Int[Array, "B T"],
+        *,
+        prefix_BT: Bool[Array, "B T"] | None = None,
+        key: Key | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the head turns into logits: the residual stream after the last norm."""
+        tokens = row_tokens(positions_BT, documents_BT, prefix_BT)
+        x_BTD = self.embed(tokens_BT, positions_BT, key)
+        x_BTD, _ = self.layers(x_BTD, tokens, key)
+        return self.final_norm(x_BTD) if self.cfg.final_norm else x_BTD
+
+    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """float32 logits of hidden states."""
+        if self.cfg.tie:
+            y_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding[...], preferred_element_type=jnp.float32)
+        else:
+            y_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, self.head[...], preferred_element_type=jnp.float32)
+        if self.cfg.head_bias:
+            y_BTV = y_BTV + self.head_bias[...]
+        if self.cfg.logit_softcap:
+            y_BTV = self.cfg.logit_softcap * jnp.tanh(y_BTV / self.cfg.logit_softcap)
+        return constrain(y_BTV, "batch", "seq", "vocab")
+
+    def prefill(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        pad_B: Int[Array, " B"],
+        *,
+        capacity: int,
+        prefix_len_B: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Logits after the last token of each row of a left-padded batch, and the cache of all of them.
+
+        Args:
+          pad_B: padding tokens at the left of each row.
+          capacity: tokens the cache must be able to hold, prompt included.
+          prefix_len_B: length of the bidirectional prefix of each row, for masks with `prefix`.
+        """
+        self.check_decodable()
+        B, T = tokens_BT.shape
+        prefix_B = jnp.zeros(B, jnp.int32) if prefix_len_B is None else prefix_len_B
+        tokens = padded_tokens(jnp.arange(T)[None], pad_B, prefix_B)
+        x_BTD = self.embed(tokens_BT, tokens.position)
+        x_BTD, (blocks, tail) = self.layers(x_BTD, tokens, keep=True)
+        logits_BV = self.logits(self._last_norm(x_BTD[:, -1:]))[:, 0]
+        sizes = [cache_size(b, capacity) for b in self.cfg.blocks]
+        cache = Cache(
+            blocks=tuple(jax.tree.map(functools.partial(ring, size=n, axis=2), kv) for kv, n in zip(blocks, sizes)),
+            tail=tuple(jax.tree.map(functools.partial(ring, size=n, axis=1), kv) for kv, n in zip(tail, sizes)),
+            length=jnp.int32(T), pad_B=pad_B, prefix_B=prefix_B,
+        )  # fmt: skip
+        return logits_BV, cache
+
+    def decode(self, tokens_B: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+        """Logits after one more token in each row, and the cache that holds it."""
+        now = cache.length
+        tokens = padded_tokens(now[None, None], cache.pad_B, cache.prefix_B)
+        x_BTD = self.embed(tokens_B[:, None], tokens.position)
+        layer = self._layer(tokens)
+
+        def write(all_kv: KV, new: KV, group: Int[Array, ""] | None) -> tuple[KV, KV, Tokens]:
+            """The stacked cache with `new` in it, this layer's part of it, and where its tokens stand."""
+            size = all_kv.k_BSKH.shape[-3]
+            slot = now % size
+            if group is None:
+                out = jax.tree.map(lambda a, n: jax.lax.dynamic_update_slice_in_dim(a, n, slot, 1), all_kv, new)
+                here = out
+            else:
+                out = jax.tree.map(lambda a, n: jax.lax.dynamic_update_slice(a, n[None], (group, 0, slot, 0, 0)), all_kv, new)
+                here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, group, 0, keepdims=False), out)
+            index = now - (now - jnp.arange(size)) % size  # slot j holds the newest token i <= now with i = j mod size
+            return out, here, padded_tokens(index[None], cache.pad_B, cache.prefix_B)
+
+        def group_step(carry, group_blocks):
+            x_BTD, kvs = carry
+            group, blocks = group_blocks
+            out = []
+            for block, kv in zip(blocks, kvs, strict=True):
+                x_BTD, kv = self._decode_layer(block, x_BTD, layer, lambda new, kv=kv: write(kv, new, group))
+                out.append(kv)
+            return (x_BTD, tuple(out)), None
+
+        carry, _ = jax.lax.scan(group_step, (x_BTD, cache.blocks), (jnp.arange(self.cfg.num_groups), tuple(self.blocks)))
+        x_BTD, blocks = carry
+        tail = []
+        for block, kv in zip(self.tail, cache.tail, strict=True):
+            x_BTD, kv = self._decode_layer(block, x_BTD, layer, lambda new, kv=kv: write(kv, new, None))
+            tail.append(kv)
+        logits_BV = self.logits(self._last_norm(x_BTD))[:, 0]
+        return logits_BV, cache._replace(blocks=blocks, tail=tuple(tail), length=now + 1)
+
+    def embed(
+        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], key: Key | None = None
+    ) -> Float[Array, "B T D"]:
+        cfg = self.cfg
+        x_BTD = self.embedding[...][tokens_BT]
+        if cfg.embed_scale != 1.0:
+            x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
+        if cfg.position.kind == "learned":
+            x_BTD = x_BTD + jnp.take(self.positions[...], positions_BT, axis=0, mode="clip")
+        elif cfg.position.kind == "sinusoidal":
+            x_BTD = x_BTD + sinusoids(cfg.position, positions_BT, cfg.embed).astype(x_BTD.dtype)
+        if cfg.embedding_norm:
+            x_BTD = self.embedding_norm(x_BTD)
+        x_BTD = drop(x_BTD, cfg.dropout.embedding, None if key is None else jax.random.fold_in(key, cfg.num_layers))
+        return constrain(x_BTD, "batch", "seq", "embed")
+
+    def layers(self, x_BTD: Float[Array, "B T D"], tokens: Tokens, key: Key | None = None, keep: bool = False):
+        """The residual stream after all layers; with `keep` also each layer's keys and values, as `Cache` has them."""
+        cfg, P = self.cfg, len(self.cfg.blocks)
+        layer = self._layer(tokens)
+
+        def run(block: Block, x_BTD: Array, number: Int[Array, ""] | int) -> tuple[Array, KV | None]:
+            kept = []
+
+            def remember(new: KV) -> tuple[KV, Tokens]:
+                kept.append(new)
+                return new, tokens
+
+            layer_key = None if key is None else jax.random.fold_in(key, number)
+            x_BTD = block(x_BTD, layer, remember, layer_key)
+            return x_BTD, kept[0] if keep else None
+
+        def group(x_BTD, group_blocks):
+            first, blocks = group_blocks
+            kvs = []
+            for s, block in enumerate(blocks):
+                x_BTD, kv = run(block, x_BTD, first + s)
+                kvs.append(kv)
+            return x_BTD, tuple(kvs)
+
+        group, tail_layer = remat(group, self.remat), remat(run, self.remat)
+        firsts = P * jnp.arange(cfg.num_groups)
+        x_BTD, kvs = jax.lax.scan(
+            group, x_BTD, (firsts, tuple(self.blocks)), unroll=1 if self.scan else cfg.num_groups
+        )
+        tail = []
+        for t, block in enumerate(self.tail):
+            x_BTD, kv = tail_layer(block, x_BTD, jnp.int32(P * cfg.num_groups + t))
+            tail.append(kv)
+        return x_BTD, (kvs, tuple(tail))
+
+    def check_decodable(self) -> None:
+        """Raises ConfigError where a token's representation depends on tokens that are not there yet."""
+        for block in self.cfg.blocks:
+            if not block.attention.mask.decodable:
+                raise ConfigError(
+                    f"attention.mask={block.attention.mask.kind} lets tokens see what follows them: such a model has no "
+                    "next-token generation; use causal, or `some` of causal and prefix"
+                )
+
+    def _last_norm(self, x_BTD):
+        return self.final_norm(x_BTD) if self.cfg.final_norm else x_BTD
+
+    def _layer(self, tokens: Tokens) -> Layer:
+        cfg = self.cfg
+        sizes = {cfg.rotary_dim(b.attention) for b in cfg.blocks} if cfg.position.kind == "rope" else ()
+        return Layer(tokens, {n: rotation(cfg.position, tokens.position, n) for n in sizes})
+
+    def _decode_layer(self, block: Block, x_BTD: Array, layer: Layer, write) -> tuple[Array, KV]:
+        written = []
+
+        def remember(new: KV) -> tuple[KV, Tokens]:
+            all_kv, here, tokens = write(new)
+            written.append(all_kv)
+            return here, tokens
+
+        return block(x_BTD, layer, remember), written[0]
+
+
+def make(cfg: DecoderConfig, block: BlockConfig, key: Key) -> Block:
+    return Block(cfg, block, rngs=nnx.Rngs(params=key))
+
+
+def stacked(cfg: DecoderConfig, block: BlockConfig, key: Key, layers: Int[Array, " G"]) -> Block:
+    """One module whose weights have a leading axis over `layers`."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(cfg, block, jax.random.key(0))))
+    weights = jax.vmap(lambda i: nnx.state(make(cfg, block, jax.random.fold_in(key, i)), nnx.Param))(layers)
+    return nnx.merge(graphdef, weights)
+
+
+def row_tokens(positions_BT, documents_BT, prefix_BT=None) -> Tokens:
+    """Where the tokens of packed rows stand."""
+    index = jnp.arange(positions_BT.shape[1])[None]
+    prefix = jnp.zeros((1, 1), bool) if prefix_BT is None else prefix_BT
+    return Tokens(index, positions_BT, documents_BT, prefix)
+
+
+def padded_tokens(index_1S, pad_B, prefix_B) -> Tokens:
+    """Where the tokens of left-padded rows stand, one document a row; index < pad (or < 0) is padding."""
+    position = index_1S - pad_B[:, None]
+    real = position >= 0
+    return Tokens(index_1S, jnp.maximum(position, 0), real.astype(jnp.int32), real & (position < prefix_B[:, None]))
+
+
+def cache_size(block: BlockConfig, capacity: int) -> int:
+    return min(block.attention.window or capacity, capacity)
+
+
+def ring(x: Array, size: int, axis: int) -> Array:
+    """The last `size` of T entries of `axis` at the slots i mod size; with zeros where there are fewer."""
+    T = x.shape[axis]
+    if T <= size:
+        return jnp.pad(x, [(0, size - T if a == axis else 0) for a in range(x.ndim)])
+    return jnp.roll(jax.lax.slice_in_dim(x, T - size, T, axis=axis), T % size, axis=axis)

@@ -1,0 +1,143 @@
+"""Attention: projections, rotation, masks, and the reference softmax that every kernel is tested against."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxllm.core.axes import constrain
+from jaxllm.core.shapes import Array, Bool, Float, Int, Key
+from jaxllm.models.config import Block, DecoderConfig
+from jaxllm.models.layers.init import Weight, gain, std
+from jaxllm.models.layers.norm import Norm
+from jaxllm.models.layers.param import constant, param
+from jaxllm.models.layers.position import Rotation, alibi_slopes, rotate
+from jaxllm.models.masks import Coords
+
+
+class Tokens(NamedTuple):
+    """Where the tokens of one side stand; arrays [B, T] (or broadcastable to it)."""
+
+    index: Int[Array, "#B T"]  # place in the row
+    position: Int[Array, "#B T"]  # place in its document
+    document: Int[Array, "#B T"]  # 0 is padding
+    prefix: Bool[Array, "#B T"]  # belongs to a bidirectional prefix
+
+    def queries(self) -> Coords:
+        return Coords(self.index[:, :, None], self.document[:, :, None], self.prefix[:, :, None])
+
+    def keys(self) -> Coords:
+        return Coords(self.index[:, None, :], self.document[:, None, :], self.prefix[:, None, :])
+
+
+class KV(NamedTuple):
+    """Keys and values of one layer, keys already rotated."""
+
+    k_BSKH: Float[Array, "B S K H"]
+    v_BSKH: Float[Array, "B S K H"]
+
+
+class Attention(nnx.Module):
+    """Multi-head, grouped-query or multi-query attention (sources stand with its config)."""
+
+    def __init__(self, cfg: DecoderConfig, block: Block, *, rngs: nnx.Rngs):
+        a = block.attention
+        D, N, K, H = cfg.embed, a.num_heads, a.kv_heads, cfg.head_dim(a)
+        g = gain(cfg, block)
+        self.cfg, self.position, self.scale = a, cfg.position, a.scale or H**-0.5
+        self.rotary_dim = cfg.rotary_dim(a)
+        self.w_q = param(rngs, std(cfg, Weight("hidden", D, N * H)), embed=D, heads=N, head_dim=H)
+        self.w_k = param(rngs, std(cfg, Weight("hidden", D, K * H)), embed=D, kv_heads=K, head_dim=H)
+        self.w_v = param(rngs, g * std(cfg, Weight("hidden", D, K * H)), embed=D, kv_heads=K, head_dim=H)
+        self.w_o = param(rngs, g * std(cfg, Weight("residual", N * H, D)), heads=N, head_dim=H, embed=D)
+        if a.bias:
+            self.b_q = constant(0.0, heads=N, head_dim=H)
+            self.b_k = constant(0.0, kv_heads=K, head_dim=H)
+            self.b_v = constant(0.0, kv_heads=K, head_dim=H)
+        if a.out_bias:
+            self.b_o = constant(0.0, embed=D)
+        if a.qk_norm:
+            self.q_norm = Norm(a.qk_norm, head_dim=H)
+            self.k_norm = Norm(a.qk_norm, head_dim=H)
+        if block.placement.kind == "subln":
+            self.inner_norm = Norm(block.norm, heads=N, head_dim=H)
+
+    def project(
+        self, x_BTD: Float[Array, "B T D"], rotation: Rotation | None
+    ) -> tuple[Float[Array, "B T N H"], KV]:
+        """Queries, keys and values of `x_BTD`, normed and rotated."""
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_q[...])
+        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_k[...])
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_v[...])
+        if self.cfg.bias:
+            q_BTNH, k_BTKH, v_BTKH = q_BTNH + self.b_q[...], k_BTKH + self.b_k[...], v_BTKH + self.b_v[...]
+        if self.cfg.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        if rotation is not None:
+            q_BTNH, k_BTKH = rotate(self.position, q_BTNH, rotation), rotate(self.position, k_BTKH, rotation)
+        q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", "seq", "heads", "head_dim"), "qkv")
+        k_BTKH = checkpoint_name(constrain(k_BTKH, "batch", "seq", "kv_heads", "head_dim"), "qkv")
+        v_BTKH = checkpoint_name(constrain(v_BTKH, "batch", "seq", "kv_heads", "head_dim"), "qkv")
+        return q_BTNH, KV(k_BTKH, v_BTKH)
+
+    def mix(
+        self, q_BTNH: Float[Array, "B T N H"], kv: KV, q: Tokens, k: Tokens, dropout: float = 0.0, key: Key | None = None
+    ) -> Float[Array, "B T D"]:
+        """What the queries gather from the keys' values, projected back to the residual stream."""
+        o_BTNH = attend(
+            q_BTNH, kv.k_BSKH, kv.v_BSKH, self.visible(q, k), scale=self.scale, bias=self.bias(q, k),
+            softcap=self.cfg.softcap, dropout=dropout, key=key,
+        )  # fmt: skip
+        o_BTNH = checkpoint_name(constrain(o_BTNH, "batch", "seq", "heads", "head_dim"), "attention")
+        if hasattr(self, "inner_norm"):
+            o_BTNH = self.inner_norm(o_BTNH)
+        y_BTD = jnp.einsum("BTNH,NHD->BTD", o_BTNH, self.w_o[...])
+        return y_BTD + self.b_o[...] if self.cfg.out_bias else y_BTD
+
+    def visible(self, q: Tokens, k: Tokens) -> Bool[Array, "B T S"]:
+        """Who sees whom: the mask, within the window, within the document."""
+        queries, keys = q.queries(), k.keys()
+        seen = self.cfg.mask.visible(queries, keys) & (queries.document == keys.document)
+        return seen & (queries.index - keys.index < self.cfg.window) if self.cfg.window else seen
+
+    def bias(self, q: Tokens, k: Tokens) -> Float[Array, "B N T S"] | None:
+        """ALiBi: -slope * distance."""
+        if self.position.kind != "alibi":
+            return None
+        distance_BTS = jnp.abs(q.position[:, :, None] - k.position[:, None, :]).astype(jnp.float32)
+        return -alibi_slopes(self.cfg.num_heads)[None, :, None, None] * distance_BTS[:, None]
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    visible_BTS: Bool[Array, "#B T S"],
+    *,
+    scale: float,
+    bias: Float[Array, "#B N T S"] | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    key: Key | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(q k^T * scale + bias) v over the visible keys, logits and softmax in float32.
+
+    Vaswani et al. 2017, arXiv:1706.03762, equation 1; grouped heads: Ainslie et al. 2023, arXiv:2305.13245.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(B, T, K, N // K, H)
+    logits_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
+    if bias is not None:
+        logits_BKGTS += bias.reshape(bias.shape[0], K, N // K, *bias.shape[2:])
+    logits_BKGTS = jnp.where(visible_BTS[:, None, None], logits_BKGTS, jnp.finfo(jnp.float32).min)
+    probs_BKGTS = jax.nn.softmax(logits_BKGTS)
+    if dropout and key is not None:
+        keep = jax.random.bernoulli(key, 1 - dropout, probs_BKGTS.shape)
+        probs_BKGTS = jnp.where(keep, probs_BKGTS / (1 - dropout), 0)
+    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+    return o_BTKGH.reshape(B, T, N, H)

@@ -1,0 +1,82 @@
+"""One layer: attention and feed-forward, with norms where the placement puts them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.core.axes import constrain
+from jaxllm.core.shapes import Array, Float, Key
+from jaxllm.models.config import Block as BlockConfig
+from jaxllm.models.config import DecoderConfig
+from jaxllm.models.layers.attention import KV, Attention, Tokens
+from jaxllm.models.layers.ffn import FFN
+from jaxllm.models.layers.norm import Norm
+from jaxllm.models.layers.position import Rotation
+
+
+class Layer(NamedTuple):
+    """What every layer of a forward pass is told besides its input."""
+
+    tokens: Tokens
+    rotations: dict[int, Rotation]  # by rotated size of a head: computed once for all layers
+
+
+# What attention reads and writes: (projected keys and values) -> (all keys and values to look at, where they stand).
+Remember = Callable[[KV], tuple[KV, Tokens]]
+
+
+class Block(nnx.Module):
+    def __init__(self, cfg: DecoderConfig, block: BlockConfig, *, rngs: nnx.Rngs):
+        self.cfg, self.placement = cfg, block.placement
+        self.attention = Attention(cfg, block, rngs=rngs)
+        self.ffn = FFN(cfg, block, rngs=rngs)
+        self.norm_attention = Norm(block.norm, embed=cfg.embed)
+        if not (self.placement.kind == "parallel" and self.placement.norms == 1):
+            self.norm_ffn = Norm(block.norm, embed=cfg.embed)
+        if self.placement.kind == "sandwich":
+            self.post_attention = Norm(block.norm, embed=cfg.embed)
+            self.post_ffn = Norm(block.norm, embed=cfg.embed)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], layer: Layer, remember: Remember, key: Key | None = None
+    ) -> Float[Array, "B T D"]:
+        """The layer's output. `remember` sees each new key and value and says which to attend to."""
+        keys = jax.random.split(key, 3) if key is not None else (None, None, None)
+
+        def attention(h_BTD):
+            q_BTNH, new = self.attention.project(h_BTD, layer.rotations.get(self.attention.rotary_dim))
+            kv, k_tokens = remember(new)
+            y = self.attention.mix(q_BTNH, kv, layer.tokens, k_tokens, self.cfg.dropout.attention, keys[0])
+            return drop(y, self.cfg.dropout.residual, keys[1])
+
+        def ffn(h_BTD):
+            return drop(self.ffn(h_BTD), self.cfg.dropout.residual, keys[2])
+
+        match self.placement.kind:
+            case "pre" | "subln":
+                x_BTD = x_BTD + attention(self.norm_attention(x_BTD))
+                x_BTD = x_BTD + ffn(self.norm_ffn(x_BTD))
+            case "post":
+                x_BTD = self.norm_attention(x_BTD + attention(x_BTD))
+                x_BTD = self.norm_ffn(x_BTD + ffn(x_BTD))
+            case "sandwich":
+                x_BTD = x_BTD + self.post_attention(attention(self.norm_attention(x_BTD)))
+                x_BTD = x_BTD + self.post_ffn(ffn(self.norm_ffn(x_BTD)))
+            case "parallel":
+                h_BTD = self.norm_attention(x_BTD)
+                x_BTD = x_BTD + attention(h_BTD) + ffn(h_BTD if self.placement.norms == 1 else self.norm_ffn(x_BTD))
+            case "deepnorm":
+                alpha = jnp.asarray(self.cfg.deepnorm_alpha, x_BTD.dtype)
+                x_BTD = self.norm_attention(alpha * x_BTD + attention(x_BTD))
+                x_BTD = self.norm_ffn(alpha * x_BTD + ffn(x_BTD))
+        return constrain(x_BTD, "batch", "seq", "embed")
+
+
+def drop(x: Float[Array, "..."], rate: float, key: Key | None) -> Float[Array, "..."]:
+    """Dropout (Srivastava et al. 2014): `x` itself without a key."""
+    if not rate or key is None:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)

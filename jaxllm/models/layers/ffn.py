@@ -1,0 +1,59 @@
+"""The position-wise feed-forward, with or without a gate."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.core.axes import constrain
+from jaxllm.core.shapes import Array, Float
+from jaxllm.models.config import Activation, Block, DecoderConfig
+from jaxllm.models.layers.init import Weight, gain, std
+from jaxllm.models.layers.norm import Norm
+from jaxllm.models.layers.param import constant, param
+
+
+def activate(kind: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    match kind:
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+        case "relu2":
+            return jnp.square(jax.nn.relu(x))
+        case "identity":
+            return x
+    return {"relu": jax.nn.relu, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[kind](x)
+
+
+class FFN(nnx.Module):
+    def __init__(self, cfg: DecoderConfig, block: Block, *, rngs: nnx.Rngs):
+        self.cfg = block.ffn
+        D, F, g = cfg.embed, block.ffn.mlp, gain(cfg, block)
+        up = g * std(cfg, Weight("hidden", D, F))
+        self.w_up = param(rngs, up, embed=D, mlp=F)
+        self.w_down = param(rngs, g * std(cfg, Weight("residual", F, D)), mlp=F, embed=D)
+        if block.ffn.glu:
+            self.w_gate = param(rngs, up, embed=D, mlp=F)
+        if block.ffn.bias:
+            self.b_up = constant(0.0, mlp=F)
+            self.b_down = constant(0.0, embed=D)
+            if block.ffn.glu:
+                self.b_gate = constant(0.0, mlp=F)
+        if block.placement.kind == "subln":
+            self.inner_norm = Norm(block.norm, mlp=F)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        bias = self.cfg.bias
+        h_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.w_up[...])
+        h_BTF = h_BTF + self.b_up[...] if bias else h_BTF
+        if self.cfg.glu:
+            gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.w_gate[...])
+            gate_BTF = gate_BTF + self.b_gate[...] if bias else gate_BTF
+            h_BTF = activate(self.cfg.activation, gate_BTF) * h_BTF
+        else:
+            h_BTF = activate(self.cfg.activation, h_BTF)
+        h_BTF = constrain(h_BTF, "batch", "seq", "mlp")
+        if hasattr(self, "inner_norm"):
+            h_BTF = self.inner_norm(h_BTF)
+        y_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, self.w_down[...])
+        return y_BTD + self.b_down[...] if bias else y_BTD

@@ -1,0 +1,32 @@
+"""LayerNorm and RMSNorm over the last dimension, computed in float32."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.core.shapes import Array, Float
+from jaxllm.models import config
+from jaxllm.models.layers.param import constant
+
+
+class Norm(nnx.Module):
+    """`Norm(cfg, embed=512)`: the keywords are the normalised dimensions, which stand last."""
+
+    def __init__(self, cfg: config.RMSNorm | config.LayerNorm, **axes: int):
+        self.cfg = cfg
+        offset = cfg.kind == "rmsnorm" and cfg.unit_offset
+        self.scale = constant(0.0 if offset else 1.0, **axes)
+        if cfg.kind == "layernorm" and cfg.bias:
+            self.bias = constant(0.0, **axes)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        dims = tuple(range(-self.scale[...].ndim, 0))
+        y = x.astype(jnp.float32)
+        if self.cfg.kind == "layernorm":
+            y = y - jnp.mean(y, dims, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), dims, keepdims=True) + self.cfg.epsilon)
+        scale = self.scale[...].astype(jnp.float32)
+        y = y * (1 + scale if self.cfg.kind == "rmsnorm" and self.cfg.unit_offset else scale)
+        if self.cfg.kind == "layernorm" and self.cfg.bias:
+            y = y + self.bias[...]
+        return y.astype(x.dtype)

@@ -1,0 +1,56 @@
+"""Positions: tables added to embeddings, rotations of queries and keys, penalties on logits."""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from jaxllm.core.shapes import Array, Float, Int
+from jaxllm.models import config
+
+
+class Rotation(NamedTuple):
+    """Sines and cosines of the angles of each rotated pair; R is half the rotated size of a head."""
+
+    sin_BTR: Float[Array, "B T R"]
+    cos_BTR: Float[Array, "B T R"]
+
+
+def rotation(cfg: config.RoPE, pos_BT: Int[Array, "B T"], rotary_dim: int) -> Rotation:
+    """Angles pos * theta^(-2i / rotary_dim) (Su et al. 2021, arXiv:2104.09864, equation 15)."""
+    freq_R = cfg.theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+    angle_BTR = pos_BT[..., None].astype(jnp.float32) * freq_R
+    return Rotation(jnp.sin(angle_BTR), jnp.cos(angle_BTR))
+
+
+def rotate(cfg: config.RoPE, x_BTNH: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
+    """The first 2R elements of each head rotated pair by pair in float32; the rest as they were."""
+    sin, cos = by.sin_BTR[:, :, None], by.cos_BTR[:, :, None]
+    rotary_dim = 2 * sin.shape[-1]
+    x, rest = x_BTNH[..., :rotary_dim].astype(jnp.float32), x_BTNH[..., rotary_dim:]
+    a, b = (x[..., ::2], x[..., 1::2]) if cfg.interleaved else jnp.split(x, 2, axis=-1)
+    pair = (a * cos - b * sin, b * cos + a * sin)
+    y = jnp.stack(pair, -1).reshape(x.shape) if cfg.interleaved else jnp.concatenate(pair, -1)
+    y = y.astype(x_BTNH.dtype)
+    return jnp.concatenate([y, rest], -1) if rest.shape[-1] else y
+
+
+def sinusoids(cfg: config.Sinusoidal, pos_BT: Int[Array, "B T"], embed: int) -> Float[Array, "B T D"]:
+    """sin in even, cos in odd places (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)."""
+    freq = cfg.base ** (-jnp.arange(0, embed, 2, dtype=jnp.float32) / embed)
+    angle = pos_BT[..., None].astype(jnp.float32) * freq
+    both = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1)
+    return both.reshape(*pos_BT.shape, -1)[..., :embed]
+
+
+def alibi_slopes(num_heads: int) -> Float[Array, " N"]:
+    """2^(-8i/n) for n a power of two; else those of the next lower power and every other of the next higher.
+
+    Press et al. 2021, arXiv:2108.12409, section 3; the rule for other n is that of its published code.
+    """
+
+    def powers(n: int) -> list[float]:
+        return [2 ** (-8 * (i + 1) / n) for i in range(n)]
+
+    lower = 2 ** math.floor(math.log2(num_heads))
+    return jnp.array(powers(lower) + powers(2 * lower)[::2][: num_heads - lower], jnp.float32)

@@ -1,0 +1,42 @@
+"""Models as values: a static definition and a flat dict of named arrays."""
+
+import jax
+from flax import nnx
+
+from jaxllm.core.shapes import Array, Key
+from jaxllm.models.config import DecoderConfig
+from jaxllm.models.decoder import Decoder
+from jaxllm.models.remat import Remat
+
+Params = dict[str, Array]
+Axes = dict[str, tuple[str | None, ...]]
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """The model's definition (static, hashable) and its weights by name, as in `blocks.0.attention.w_q`."""
+    graphdef, state, _ = nnx.split(model, nnx.Param, ...)
+    return graphdef, {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(state)}
+
+
+def merge(graphdef: nnx.GraphDef, params: Params) -> Decoder:
+    """The model of these weights; inverse of `split`."""
+    flat = [(tuple(int(p) if p.isdigit() else p for p in name.split(".")), nnx.Param(v)) for name, v in params.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def create(cfg: DecoderConfig, key: Key) -> Params:
+    """Freshly initialised float32 weights; pure, to be jitted with `out_shardings`."""
+    return split(Decoder(cfg, rngs=nnx.Rngs(params=key)))[1]
+
+
+def abstract(cfg: DecoderConfig, *, scan: bool = True, remat: Remat = "none") -> tuple[nnx.GraphDef, Params, Axes]:
+    """Definition, shapes (as ShapeDtypeStruct) and logical axes of the weights, without making any."""
+    model = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(params=0), scan=scan, remat=remat))
+    graphdef, state, _ = nnx.split(model, nnx.Param, ...)
+    shapes, axes = {}, {}
+    for path, variable in nnx.to_flat_state(state):
+        name = ".".join(map(str, path))
+        stacked = ("layers",) if path[0] == "blocks" else ()
+        shapes[name] = variable.get_value()
+        axes[name] = stacked + variable.get_metadata()["axes"]
+    return graphdef, shapes, axes

@@ -1,0 +1,29 @@
+"""What the backward pass keeps and what it computes again, by name."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+Remat = Literal["none", "full", "dots", "save_attention", "offload"]
+
+
+def remat(layer: Callable, policy: Remat) -> Callable:
+    """`layer` under a rematerialisation policy (Chen et al. 2016, arXiv:1604.06174).
+
+    none: everything is kept. full: only the layer's input. dots: results of weight matmuls. save_attention: queries,
+    keys, values and attention output (Korthikanti et al. 2022, arXiv:2205.05198, section 5, the cheap rest is
+    computed again). offload: like save_attention, kept in host memory.
+    """
+    policies = jax.checkpoint_policies
+    kept: dict[str, Any] = {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "save_attention": policies.save_only_these_names("qkv", "attention"),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=["qkv", "attention"],
+            offload_src="device", offload_dst="pinned_host",
+        ),
+    }  # fmt: skip
+    # Under a scan the layers' steps cannot be merged, so there is nothing for CSE to undo.
+    return layer if policy == "none" else jax.checkpoint(layer, policy=kept[policy], prevent_cse=False)
