@@ -27,8 +27,8 @@ smoke312:
 	rm -rf runs/smoke312 prepared/smoke312
 	.venv312/bin/jaxllm prepare configs/data/quickstart.yaml out=prepared/smoke312 tasks.0.source.package=asyncio \
 		tokenizer.kind=byte length=128 validation=0.2
-	.venv312/bin/jaxllm train configs/train/quickstart.yaml out=runs/smoke312 data.path=prepared/smoke312 steps=20 batch=4 \
-		model.embed=64 model.num_layers=2 model.block.ffn.mlp=128
+	.venv312/bin/jaxllm train configs/train/quickstart.yaml out=runs/smoke312 data.path=prepared/smoke312 steps=20 \
+		schedule.warmup=5 model.embed=64 model.num_layers=2 model.block.ffn.mlp=128
 
 clean:
 	rm -rf .venv .venv312 build dist *.egg-info

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,25 +13,33 @@ from jaxllm.core.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 1 (doctor: something needed is missing), 2 (a message for the user), 130 (interrupted)."""
+    """Exit status: 0; 1 (doctor: something needed is missing), 2 (a message for the user), 130 (interrupted), 141 (a closed pipe)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(HELP)
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        print(f"jaxllm {jaxllm.__version__}")
-        return 0
-    verb, *rest = argv
     try:
-        if verb not in VERBS:
-            near = difflib.get_close_matches(verb, VERBS, n=1)
-            raise UserError(f"no verb {verb!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(VERBS)}"))
-        return VERBS[verb][0](verb, rest) or 0
+        status = _run(*argv) if argv else _run("--help") or 2
+        sys.stdout.flush()
+        return status
     except UserError as e:
         print(e, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `| head` has seen enough; what is still in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(verb: str, *argv: str) -> int:
+    if verb in ("-h", "--help", "help"):
+        print(HELP)
+    elif verb == "--version":
+        print(f"jaxllm {jaxllm.__version__}")
+    elif verb in VERBS:
+        return VERBS[verb][0](verb, list(argv)) or 0
+    else:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        raise UserError(f"no verb {verb!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(VERBS)}"))
+    return 0
 
 
 def _config_verb(verb: str, argv: list[str]) -> None:
@@ -77,11 +86,8 @@ def _print_fields(schema: type) -> None:
 
     rows = [("field", "type", "default", "meaning"), *fields(schema)]
     widths = [max(len(row[i]) for row in rows) for i in range(3)] + [0]
-    try:
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; what is left in the buffer has nowhere to go
-        sys.stdout = None
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def _report(verb: str, argv: list[str]) -> None:

@@ -9,7 +9,6 @@
 Each takes a YAML file or a config object, and overrides; what is wrong with them is raised before JAX is loaded.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,14 @@ def train(config: str | Path | Config, *overrides: str) -> Any:
     return train(cfg)
 
 
-def generate(config: str | Path | Config, *overrides: str) -> Any:
-    """Continues prompts; `config` is a GenerateConfig, or the folder of a run or of a checkpoint."""
+def generate(config: str | Path | Config, *overrides: str) -> list:
+    """Completions of prompts, printed too; `config` is a GenerateConfig, or the folder of a run or of a checkpoint."""
     wanted = schema("generate")
     if not isinstance(config, Config) and Path(config).is_dir():
-        config = parse(wanted, {}, [f"model={json.dumps(str(config))}", *overrides], name=f"generate {config}")
-        overrides = ()
-    cfg = resolve(wanted, config, overrides)
-    from jaxllm.inference.generate import run
+        cfg = parse(wanted, {"model": str(config)}, overrides, name=f"generate {config}")
+    else:
+        cfg = resolve(wanted, config, overrides)
+    from jaxllm.generate import run
 
     return run(cfg)
 

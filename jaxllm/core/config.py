@@ -15,7 +15,7 @@ import re
 import tokenize
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union
 
@@ -57,7 +57,7 @@ _Yaml.add_implicit_resolver(
 )
 
 
-def load(schema: type[C], path: str | Path, overrides: typing.Sequence[str] = ()) -> C:
+def load(schema: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     """Reads `path`, lays it over its `base:` file if it names one, then applies `a.b=value` overrides.
 
     Raises:
@@ -66,7 +66,7 @@ def load(schema: type[C], path: str | Path, overrides: typing.Sequence[str] = ()
     return parse(schema, read_tree(Path(path)), overrides, name=str(path))
 
 
-def parse(schema: type[C], tree: dict[str, Any], overrides: typing.Sequence[str] = (), name: str = "config") -> C:
+def parse(schema: type[C], tree: dict[str, Any], overrides: Sequence[str] = (), name: str = "config") -> C:
     """`schema` filled from a tree of plain values and `a.b=value` overrides; `name` opens the error message."""
     for text in sorted(overrides, key=lambda t: not t.partition("=")[0].endswith("kind")):  # a kind clears its block
         key, sep, value = text.partition("=")
@@ -114,7 +114,7 @@ def fingerprint(cfg: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sweep(axes: typing.Sequence[str]) -> Iterator[list[str]]:
+def sweep(axes: Sequence[str]) -> Iterator[list[str]]:
     """`["optimizer.learning_rate=[1e-4,3e-4]", "seed=[0,1]"]` -> four override lists, in order."""
     keys, values = [], []
     for axis in axes:

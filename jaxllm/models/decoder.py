@@ -81,7 +81,7 @@ class Decoder(nnx.Module):
         documents_BT: Int[Array, "B T"],
         *,
         prefix_BT: Bool[Array, "B T"] | None = None,
-        key: Key | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T V"]:
         """float32 logits of the token after each token.
 
@@ -100,13 +100,13 @@ class Decoder(nnx.Module):
         documents_BT: Int[Array, "B T"],
         *,
         prefix_BT: Bool[Array, "B T"] | None = None,
-        key: Key | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
         """What the head turns into logits: the residual stream after the last norm."""
         tokens = row_tokens(positions_BT, documents_BT, prefix_BT)
         x_BTD = self.embed(tokens_BT, positions_BT, key)
         x_BTD, _ = self.layers(x_BTD, tokens, key)
-        return self.final_norm(x_BTD) if self.cfg.final_norm else x_BTD
+        return self._last_norm(x_BTD)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """float32 logits of hidden states."""
@@ -189,7 +189,7 @@ class Decoder(nnx.Module):
         return logits_BV, cache._replace(blocks=blocks, tail=tuple(tail), length=now + 1)
 
     def embed(
-        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], key: Key | None = None
+        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
         cfg = self.cfg
         x_BTD = self.embedding[...][tokens_BT]
@@ -204,12 +204,12 @@ class Decoder(nnx.Module):
         x_BTD = drop(x_BTD, cfg.dropout.embedding, None if key is None else jax.random.fold_in(key, cfg.num_layers))
         return constrain(x_BTD, "batch", "seq", "embed")
 
-    def layers(self, x_BTD: Float[Array, "B T D"], tokens: Tokens, key: Key | None = None, keep: bool = False):
+    def layers(self, x_BTD: Float[Array, "B T D"], tokens: Tokens, key: Key[Array, ""] | None = None, keep: bool = False):
         """The residual stream after all layers; with `keep` also each layer's keys and values, as `Cache` has them."""
         cfg, P = self.cfg, len(self.cfg.blocks)
         layer = self._layer(tokens)
 
-        def run(block: Block, x_BTD: Array, number: Int[Array, ""] | int) -> tuple[Array, KV | None]:
+        def run(block: Block, x_BTD: Array, number: Int[Array, ""]) -> tuple[Array, KV | None]:
             kept = []
 
             def remember(new: KV) -> tuple[KV, Tokens]:
@@ -220,22 +220,24 @@ class Decoder(nnx.Module):
             x_BTD = block(x_BTD, layer, remember, layer_key)
             return x_BTD, kept[0] if keep else None
 
+        looped = remat(run, self.remat, scanned=self.scan and cfg.num_groups > 1)
+        alone = remat(run, self.remat, scanned=False)
+
         def group(x_BTD, group_blocks):
             first, blocks = group_blocks
             kvs = []
             for s, block in enumerate(blocks):
-                x_BTD, kv = run(block, x_BTD, first + s)
+                x_BTD, kv = looped(block, x_BTD, first + s)
                 kvs.append(kv)
             return x_BTD, tuple(kvs)
 
-        group, tail_layer = remat(group, self.remat), remat(run, self.remat)
         firsts = P * jnp.arange(cfg.num_groups)
         x_BTD, kvs = jax.lax.scan(
             group, x_BTD, (firsts, tuple(self.blocks)), unroll=1 if self.scan else cfg.num_groups
         )
         tail = []
         for t, block in enumerate(self.tail):
-            x_BTD, kv = tail_layer(block, x_BTD, jnp.int32(P * cfg.num_groups + t))
+            x_BTD, kv = alone(block, x_BTD, jnp.int32(P * cfg.num_groups + t))
             tail.append(kv)
         return x_BTD, (kvs, tuple(tail))
 
@@ -267,11 +269,11 @@ class Decoder(nnx.Module):
         return block(x_BTD, layer, remember), written[0]
 
 
-def make(cfg: DecoderConfig, block: BlockConfig, key: Key) -> Block:
+def make(cfg: DecoderConfig, block: BlockConfig, key: Key[Array, ""]) -> Block:
     return Block(cfg, block, rngs=nnx.Rngs(params=key))
 
 
-def stacked(cfg: DecoderConfig, block: BlockConfig, key: Key, layers: Int[Array, " G"]) -> Block:
+def stacked(cfg: DecoderConfig, block: BlockConfig, key: Key[Array, ""], layers: Int[Array, " G"]) -> Block:
     """One module whose weights have a leading axis over `layers`."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(cfg, block, jax.random.key(0))))
     weights = jax.vmap(lambda i: nnx.state(make(cfg, block, jax.random.fold_in(key, i)), nnx.Param))(layers)

@@ -24,12 +24,14 @@ def merge(graphdef: nnx.GraphDef, params: Params) -> Decoder:
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def create(cfg: DecoderConfig, key: Key) -> Params:
+def create(cfg: DecoderConfig, key: Key[Array, ""]) -> Params:
     """Freshly initialised float32 weights; pure, to be jitted with `out_shardings`."""
     return split(Decoder(cfg, rngs=nnx.Rngs(params=key)))[1]
 
 
-def abstract(cfg: DecoderConfig, *, scan: bool = True, remat: Remat = "none") -> tuple[nnx.GraphDef, Params, Axes]:
+def abstract(
+    cfg: DecoderConfig, *, scan: bool = True, remat: Remat = "none"
+) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct], Axes]:
     """Definition, shapes (as ShapeDtypeStruct) and logical axes of the weights, without making any."""
     model = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(params=0), scan=scan, remat=remat))
     graphdef, state, _ = nnx.split(model, nnx.Param, ...)

@@ -8,7 +8,16 @@ import jax
 Remat = Literal["none", "full", "dots", "save_attention", "offload"]
 
 
-def remat(layer: Callable, policy: Remat) -> Callable:
+def recomputed(elementwise: Callable) -> Callable:
+    """`elementwise` with only its inputs kept for the backward pass.
+
+    Automatic differentiation keeps each intermediate value of a norm or an activation; to compute them again is
+    cheaper than to write and read them.
+    """
+    return jax.checkpoint(elementwise, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+
+
+def remat(layer: Callable, policy: Remat, *, scanned: bool) -> Callable:
     """`layer` under a rematerialisation policy (Chen et al. 2016, arXiv:1604.06174).
 
     none: everything is kept. full: only the layer's input. dots: results of weight matmuls. save_attention: queries,
@@ -25,5 +34,5 @@ def remat(layer: Callable, policy: Remat) -> Callable:
             offload_src="device", offload_dst="pinned_host",
         ),
     }  # fmt: skip
-    # Under a scan the layers' steps cannot be merged, so there is nothing for CSE to undo.
-    return layer if policy == "none" else jax.checkpoint(layer, policy=kept[policy], prevent_cse=False)
+    # XLA merges equal computations, which would undo it; those of two loops (a scan's) it cannot merge.
+    return layer if policy == "none" else jax.checkpoint(layer, policy=kept[policy], prevent_cse=not scanned)

@@ -17,7 +17,7 @@ def learning_rate(cfg: Schedule, peak: float, steps: int) -> optax.Schedule:
     there. A decay of one step has room for one of its ends only, and stays at the peak.
 
     Raises:
-      ConfigError: warmup leaves no step after it, or the phases of a WSD overlap, or it has no exponential to a floor of 0.
+      ConfigError: warmup leaves no step after it, or the phases of a WSD overlap, or its decay is exponential to a floor of 0.
     """
     if cfg.warmup >= steps:
         raise ConfigError(
@@ -39,37 +39,40 @@ def _after_warmup(cfg: Schedule, steps: int) -> Callable:
     match cfg:
         case Constant():
             return lambda k: jnp.ones_like(k, jnp.float32)
-        case Cosine(floor=floor, warmup=first):
-            return _decay(lambda x: 0.5 * (1 + jnp.cos(jnp.pi * x)), floor, first, steps)
-        case Linear(floor=floor, warmup=first):
-            return _decay(lambda x: 1 - x, floor, first, steps)
+        case Cosine():
+            return _decay(_to_floor(lambda x: 0.5 * (1 + jnp.cos(jnp.pi * x)), cfg.floor), cfg.warmup, steps)
+        case Linear():
+            return _decay(_to_floor(lambda x: 1 - x, cfg.floor), cfg.warmup, steps)
         case WSD():
-            return _decay(_wsd_shape(cfg), cfg.floor, _wsd_first(cfg, steps), steps)
-        case InverseSqrt(warmup=warmup):
-            return lambda k: jnp.sqrt(warmup / jnp.maximum(k, warmup))
+            return _decay(_wsd_curve(cfg), _wsd_first(cfg, steps), steps)
+        case InverseSqrt():
+            return lambda k: jnp.sqrt(cfg.warmup / jnp.maximum(k, cfg.warmup))
     raise AssertionError(cfg)
 
 
-def _decay(shape: Callable, floor: float, first: int, steps: int) -> Callable:
-    """`shape` takes progress 0..1 to 1..0; the result runs from 1 at `first` to `floor` at the last step."""
-
-    def share(k):
-        progress = jnp.clip((k - first) / max(steps - 1 - first, 1), 0, 1)
-        s = shape(progress)
-        return s + floor * (1 - s)  # this form is exact at both ends, floor + (1 - floor) s is not
-
-    return share
+def _decay(curve: Callable, first: int, steps: int) -> Callable:
+    """`curve` takes progress, 0 at step `first` and 1 at the last, to a share of the peak."""
+    return lambda k: curve(jnp.clip((k - first) / max(steps - 1 - first, 1), 0, 1))
 
 
-def _wsd_shape(cfg: WSD) -> Callable:
+def _to_floor(shape: Callable, floor: float) -> Callable:
+    """A fall from 1 to 0 squeezed into 1 to `floor`."""
+
+    def curve(x):
+        s = shape(x)
+        return s + floor * (1 - s)  # exact at both ends, which floor + (1 - floor) * s is not
+
+    return curve
+
+
+def _wsd_curve(cfg: WSD) -> Callable:
     if cfg.shape == "linear":
-        return lambda x: 1 - x
+        return _to_floor(lambda x: 1 - x, cfg.floor)
     if cfg.shape == "sqrt":
-        return lambda x: 1 - jnp.sqrt(x)
+        return _to_floor(lambda x: 1 - jnp.sqrt(x), cfg.floor)
     if cfg.floor == 0:
         raise ConfigError("schedule.shape=exponential never reaches schedule.floor=0; set a floor above 0 (say 0.01)")
-    # floor^x falls by an equal factor each step; _decay spans 1..floor, so it wants it stretched to 1..0
-    return lambda x: (cfg.floor**x - cfg.floor) / (1 - cfg.floor) if cfg.floor < 1 else jnp.ones_like(x)
+    return lambda x: cfg.floor**x  # falls by an equal factor each step
 
 
 def _wsd_first(cfg: WSD, steps: int) -> int:

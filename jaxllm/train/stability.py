@@ -1,5 +1,6 @@
 """Which losses are spikes. Host side and pure Python, so that a resumed run decides as the one it continues."""
 
+import itertools
 import math
 import statistics
 from collections import deque
@@ -52,7 +53,7 @@ class SpikeDetector:
         good = list(self._losses)
         newest = good[-max(1, n // 10) :]
         level = statistics.fmean(newest)
-        noise = math.sqrt(statistics.fmean((b - a) ** 2 for a, b in zip(good, good[1:])) / 2)
+        noise = math.sqrt(statistics.fmean((b - a) ** 2 for a, b in itertools.pairwise(good)) / 2)
         noise = max(noise, RESOLUTION * abs(level)) * math.sqrt(1 + 1 / len(newest))  # the level is uncertain too
         return loss - level > self.cfg.spike_zscore * noise
 

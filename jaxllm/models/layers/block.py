@@ -41,7 +41,7 @@ class Block(nnx.Module):
             self.post_ffn = Norm(block.norm, embed=cfg.embed)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], layer: Layer, remember: Remember, key: Key | None = None
+        self, x_BTD: Float[Array, "B T D"], layer: Layer, remember: Remember, key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
         """The layer's output. `remember` sees each new key and value and says which to attend to."""
         keys = jax.random.split(key, 3) if key is not None else (None, None, None)
@@ -75,7 +75,7 @@ class Block(nnx.Module):
         return constrain(x_BTD, "batch", "seq", "embed")
 
 
-def drop(x: Float[Array, "..."], rate: float, key: Key | None) -> Float[Array, "..."]:
+def drop(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
     """Dropout (Srivastava et al. 2014): `x` itself without a key."""
     if not rate or key is None:
         return x

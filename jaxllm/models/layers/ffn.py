@@ -1,5 +1,7 @@
 """The position-wise feed-forward, with or without a gate."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +12,7 @@ from jaxllm.models.config import Activation, Block, DecoderConfig
 from jaxllm.models.layers.init import Weight, gain, std
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import constant, param
+from jaxllm.models.remat import recomputed
 
 
 def activate(kind: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -23,6 +26,10 @@ def activate(kind: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
         case "identity":
             return x
     return {"relu": jax.nn.relu, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[kind](x)
+
+
+def gated(kind: Activation, gate: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return activate(kind, gate) * x
 
 
 class FFN(nnx.Module):
@@ -49,9 +56,9 @@ class FFN(nnx.Module):
         if self.cfg.glu:
             gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.w_gate[...])
             gate_BTF = gate_BTF + self.b_gate[...] if bias else gate_BTF
-            h_BTF = activate(self.cfg.activation, gate_BTF) * h_BTF
+            h_BTF = recomputed(functools.partial(gated, self.cfg.activation))(gate_BTF, h_BTF)
         else:
-            h_BTF = activate(self.cfg.activation, h_BTF)
+            h_BTF = recomputed(functools.partial(activate, self.cfg.activation))(h_BTF)
         h_BTF = constrain(h_BTF, "batch", "seq", "mlp")
         if hasattr(self, "inner_norm"):
             h_BTF = self.inner_norm(h_BTF)

@@ -1,5 +1,7 @@
 """LayerNorm and RMSNorm over the last dimension, computed in float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +9,7 @@ from flax import nnx
 from jaxllm.core.shapes import Array, Float
 from jaxllm.models import config
 from jaxllm.models.layers.param import constant
+from jaxllm.models.remat import recomputed
 
 
 class Norm(nnx.Module):
@@ -20,13 +23,22 @@ class Norm(nnx.Module):
             self.bias = constant(0.0, **axes)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        dims = tuple(range(-self.scale[...].ndim, 0))
-        y = x.astype(jnp.float32)
-        if self.cfg.kind == "layernorm":
-            y = y - jnp.mean(y, dims, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), dims, keepdims=True) + self.cfg.epsilon)
-        scale = self.scale[...].astype(jnp.float32)
-        y = y * (1 + scale if self.cfg.kind == "rmsnorm" and self.cfg.unit_offset else scale)
-        if self.cfg.kind == "layernorm" and self.cfg.bias:
-            y = y + self.bias[...]
-        return y.astype(x.dtype)
+        bias = self.bias[...] if self.cfg.kind == "layernorm" and self.cfg.bias else None
+        return recomputed(functools.partial(normalise, self.cfg))(x, self.scale[...], bias)
+
+
+def normalise(
+    cfg: config.RMSNorm | config.LayerNorm,
+    x: Float[Array, "..."],
+    scale: Float[Array, "..."],
+    bias: Float[Array, "..."] | None,
+) -> Float[Array, "..."]:
+    """`x` normalised over as many last dimensions as `scale` has."""
+    dims = tuple(range(-scale.ndim, 0))
+    y = x.astype(jnp.float32)
+    if cfg.kind == "layernorm":
+        y = y - jnp.mean(y, dims, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), dims, keepdims=True) + cfg.epsilon)
+    scale = scale.astype(jnp.float32)
+    y = y * (1 + scale if cfg.kind == "rmsnorm" and cfg.unit_offset else scale)
+    return (y if bias is None else y + bias).astype(x.dtype)

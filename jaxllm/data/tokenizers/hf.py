@@ -1,0 +1,107 @@
+"""Hugging Face `tokenizer.json` files, read by the tokenizers library."""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from jaxllm.core.errors import ConfigError, DataError
+from jaxllm.data.tokenizers.base import Spec, Tokenizer, byte_alphabet, read_model
+
+
+class HuggingFace(Tokenizer):
+    """Added tokens live in the file itself, so a saved folder is whole for other programs too."""
+
+    file = "tokenizer.json"
+
+    def __init__(self, spec: Spec, data: bytes, where: str = "tokenizer.json"):
+        self._model = _parsed(data, where)
+        self._model.no_truncation()  # files made for sentence embeddings cut and pad what they encode
+        self._model.no_padding()
+        self._model.encode_special_tokens = True  # text that looks like a special token is text
+        tree = json.loads(data)
+        byte_level = (tree.get("decoder") or {}).get("type") == "ByteLevel"
+        vocab = self._model.get_vocab(with_added_tokens=True)
+        self.lossless = (
+            byte_level
+            and tree.get("normalizer") is None
+            and '"add_prefix_space": true' not in json.dumps(tree.get("pre_tokenizer"))
+            and all(c in vocab for c in byte_alphabet())
+        )
+        self._byte_level = byte_level
+        self._contents = {i: t.content for i, t in self._model.get_added_tokens_decoder().items()}
+        special = {t.content: i for i, t in self._model.get_added_tokens_decoder().items() if t.special}
+        for role in ("bos", "eos", "pad"):
+            if (name := getattr(spec, role)) is not None and name not in vocab:
+                raise ConfigError(f"{where}: {role}={name!r} is not in its vocabulary; name one of {sorted(special)}")
+        special |= {name: vocab[name] for name in (spec.bos, spec.eos, spec.pad) if name is not None}
+        size = max(vocab.values(), default=-1) + 1
+        super().__init__(spec, data, size=size, special=special, bos=spec.bos, eos=spec.eos, pad=spec.pad)
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _decode(self, ids: list[int]) -> str:
+        return super()._decode(ids) if self._byte_level else self._model.decode(ids, skip_special_tokens=False)
+
+    def _bytes_of(self, i: int) -> bytes:
+        if i in self._contents:  # the library's decoder would take the letters of `é` for bytes
+            return self._contents[i].encode()
+        if self._byte_level:
+            return self._table.get(i, b"")
+        anchor = self._model.decode([i], skip_special_tokens=False)
+        return self._model.decode([i, i], skip_special_tokens=False)[len(anchor) :].encode()
+
+    def _model_id(self, token: str) -> int | None:
+        return self._model.token_to_id(token)
+
+    def _extended(self, tokens: tuple[str, ...]) -> "HuggingFace":
+        model = _parsed(self.data, "tokenizer.json")
+        model.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokens])
+        ids = [model.token_to_id(token) for token in tokens]
+        if ids != list(range(self.vocab_size, self.vocab_size + len(tokens))):
+            raise DataError(f"tokenizer.json: its vocabulary of {self.vocab_size} ids has gaps, so {tokens} got {ids}")
+        return type(self)(self.spec, model.to_str().encode())
+
+    @functools.cached_property
+    def _table(self) -> dict[int, bytes]:
+        alphabet = byte_alphabet()
+        return {
+            i: bytes(alphabet[c] for c in token)
+            for token, i in self._model.get_vocab(with_added_tokens=False).items()
+            if all(c in alphabet for c in token)
+        }
+
+
+def read(file: str, bos: str | None, eos: str | None) -> HuggingFace:
+    """The tokenizer of a `tokenizer.json`, or of the folder that holds it.
+
+    `bos`, `eos` and padding are those that `tokenizer_config.json` beside it names, unless given.
+    """
+    path = Path(file) / "tokenizer.json" if Path(file).is_dir() else Path(file)
+    data = read_model(path)
+    beside = _named_beside(path.parent / "tokenizer_config.json")
+    vocab = _parsed(data, str(path)).get_vocab(with_added_tokens=True)
+    known = {role: name for role, name in beside.items() if name in vocab}
+    spec = Spec(kind="hf", bos=bos or known.get("bos"), eos=eos or known.get("eos"), pad=known.get("pad"))
+    return HuggingFace(spec, data, str(path))
+
+
+def _named_beside(path: Path) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    try:
+        tree = json.loads(path.read_bytes())
+        named = {role: tree.get(f"{role}_token") for role in ("bos", "eos", "pad")}
+    except (OSError, ValueError, AttributeError) as e:
+        raise DataError(f"{path}: not a tokenizer configuration ({e}); mend it, or take it away") from None
+    return {role: name["content"] if isinstance(name, dict) else name for role, name in named.items() if name}
+
+
+def _parsed(data: bytes, where: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_buffer(data)
+    except Exception as e:  # the library raises a bare Exception for some files
+        raise DataError(f"{where}: not a Hugging Face tokenizer.json, or a truncated one ({e})") from None

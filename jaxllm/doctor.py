@@ -1,0 +1,158 @@
+"""`jaxllm doctor`: what this machine has for jaxllm, what it lacks, and what to type for it."""
+
+import importlib.metadata
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import jaxllm
+from jaxllm.core.config import load
+from jaxllm.core.errors import UserError
+
+CONSTRAINTS = Path(jaxllm.__file__).parents[1] / "constraints.txt"  # there in a checkout only
+MARKS = {"good": "ok", "note": "--", "missing": "!!"}
+
+
+class Finding(NamedTuple):
+    """One line of the examination."""
+
+    state: str  # good | note (works, but differs or is optional) | missing (something needed)
+    subject: str
+    found: str
+    remedy: str = ""  # what to type
+
+
+def examine(config: str | None = None, overrides: Sequence[str] = ()) -> int:
+    """Prints every finding; 1 if something needed is missing, else 0."""
+    missing = 0
+    for finding in findings(config, overrides):
+        remedy = f"\n{'':24}-> {finding.remedy}" if finding.remedy else ""
+        print(f"{MARKS[finding.state]}  {finding.subject:19} {finding.found}{remedy}", flush=True)
+        missing += finding.state == "missing"
+    print(f"\n{missing} needed thing{'s are' if missing != 1 else ' is'} missing (!!)" if missing else "\nall that is needed is here")
+    return int(missing > 0)
+
+
+def findings(config: str | None, overrides: Sequence[str] = ()) -> Iterator[Finding]:
+    """What there is to say about Python, packages, extras, devices, places, and a config if one is given."""
+    new_enough = sys.version_info >= (3, 11)
+    yield Finding("good" if new_enough else "missing", "python", f"{sys.version.split()[0]} at {sys.executable}",
+                  "" if new_enough else "install Python 3.11 or newer")  # fmt: skip
+    if installed("jaxllm") is None:
+        yield Finding("missing", "jaxllm", "runs from its folder but is not installed", "pip install -c constraints.txt -e .")
+        return
+    requirements = [Requirement(text) for text in importlib.metadata.requires("jaxllm")]
+    needed = [r for r in requirements if not r.marker or r.marker.evaluate({"extra": ""})]
+    broken = list(filter(None, map(unmet, needed)))
+    yield from (Finding("missing", *problem) for problem in broken)
+    if not broken:
+        yield Finding("good", "packages", f"{len(needed)} of {len(needed)} needed, among them jax {installed('jax')}, flax {installed('flax')}")
+    yield from untested()
+    for extra in importlib.metadata.metadata("jaxllm").get_all("Provides-Extra"):
+        of_extra = [r for r in requirements if r not in needed and r.marker.evaluate({"extra": extra})]
+        absent = [problem[0] for r in of_extra if (problem := unmet(r))]
+        if absent:
+            yield Finding("note", f"extra {extra}", f"not here: {', '.join(absent)}", f"pip install 'jaxllm[{extra}]'")
+        else:
+            yield Finding("good", f"extra {extra}", "is here")
+    if not broken:
+        yield from machine()
+        if config:
+            yield from fit(config, overrides)
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def unmet(requirement: Requirement) -> tuple[str, str, str] | None:
+    """Subject, finding and remedy if a requirement, with the extras it asks for, is not fulfilled here."""
+    version, remedy = installed(requirement.name), f"pip install '{requirement.name}{requirement.specifier}'"
+    if version is None:
+        return requirement.name, "is not installed", remedy
+    if not requirement.specifier.contains(version, prereleases=True):
+        return requirement.name, f"{version}, needed is {requirement.specifier}", remedy
+    inner = [r for r in map(Requirement, importlib.metadata.requires(requirement.name) or ()) if r.marker]
+    of_extras = [r for r in inner for e in requirement.extras if r.marker.evaluate({"extra": e})]
+    return next((problem for r in of_extras if (problem := unmet(r))), None)
+
+
+def untested() -> Iterator[Finding]:
+    """Direct dependencies whose version is not the one in constraints.txt, where there is one."""
+    if not CONSTRAINTS.exists():
+        return
+    direct = {Requirement(text).name for text in importlib.metadata.requires("jaxllm")}
+    pins = [Requirement(line) for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
+    here = [pin for pin in pins if pin.name in direct and (not pin.marker or pin.marker.evaluate()) and installed(pin.name)]
+    other = [pin for pin in here if not pin.specifier.contains(Version(installed(pin.name)).public, prereleases=True)]
+    if other:
+        shown = ", ".join(f"{pin.name} {installed(pin.name)} (tested: {str(pin.specifier)[2:]})" for pin in other)
+        yield Finding("note", "versions", shown, "pip install -c constraints.txt -e .")
+    else:
+        yield Finding("good", "versions", "those of constraints.txt")
+
+
+def machine() -> Iterator[Finding]:
+    """Devices, compilation cache, disk."""
+    import jax
+
+    from jaxllm.train.loop import keep_compiled_programs
+
+    try:
+        devices = jax.devices()
+    except RuntimeError as e:  # a platform asked for by name that cannot start
+        yield Finding("missing", "devices", " ".join(str(e).split()), "unset JAX_PLATFORMS, or install the extra of that platform")
+        return
+    first = devices[0]
+    stats = first.memory_stats() or {}  # the CPU has none
+    memory = f", {stats['bytes_limit'] / 2**30:.1f} GiB each" if "bytes_limit" in stats else ""
+    yield Finding("good", "devices", f"{len(devices)} x {first.device_kind} ({first.platform}{memory}), {jax.process_count()} process(es)")
+    if first.platform == "cpu" and shutil.which("nvidia-smi"):
+        yield Finding("note", "GPU", "there is one, but JAX does not use it", "pip install 'jaxllm[cuda]'")
+    keep_compiled_programs()
+    yield Finding("good", "compiled programs", f"kept in {jax.config.jax_compilation_cache_dir}")
+    free = shutil.disk_usage(".").free / 2**30
+    yield Finding("good" if free > 5 else "note", "disk", f"{free:.0f} GiB free here", "" if free > 5 else "make room: checkpoints need it")
+
+
+def fit(config: str, overrides: Sequence[str] = ()) -> Iterator[Finding]:
+    """Whether a config loads and, for training, whether devices and prepared data are there for it."""
+    from jaxllm import verbs
+
+    try:
+        verb = verbs.verb_of(config)
+        cfg = load(verbs.schema(verb), config, overrides)
+    except UserError as e:
+        yield Finding("missing", "config", str(e))
+        return
+    yield Finding("good", "config", f"{config} is one for `jaxllm {verb}`")
+    if verb != "train":
+        return
+    import jax
+
+    from jaxllm.data.manifest import open_prepared
+    from jaxllm.train.loop import fit_to_data
+    from jaxllm.train.step import abstract_batch, set_up
+
+    try:
+        prepared = open_prepared(cfg.data.path)
+        cfg = fit_to_data(cfg, prepared)
+        yield Finding("good", "data", f"{cfg.data.path}: {sum(t['train']['rows'] for t in prepared.manifest['tasks'].values())} rows of {prepared.length} tokens")
+        setup = set_up(cfg)
+        for rows in cfg.ramp_sizes():
+            abstract_batch(setup, rows // cfg.accumulate, prepared.length)
+    except UserError as e:
+        yield Finding("missing", "fit", str(e))
+        return
+    mesh = ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(setup.state)) / 2**30
+    yield Finding("good", "mesh", f"{mesh}; the training state takes {size:.2f} GiB over all devices")

@@ -1,0 +1,52 @@
+"""The `generate` verb: a checkpoint continues prompts, in the terminal or in a notebook."""
+
+import functools
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from jaxllm.core.errors import CheckpointError
+from jaxllm.data import tokenizers
+from jaxllm.inference.config import GenerateConfig
+from jaxllm.inference.generate import Completion, complete
+from jaxllm.models.decoder import Decoder
+from jaxllm.models.module import abstract, merge
+from jaxllm.train.checkpoint import load_params
+
+
+def run(cfg: GenerateConfig, out: TextIO | None = None) -> list[Completion]:
+    """Writes each prompt with its completion to `out` (None: stdout), a single one as it comes if `cfg.stream`.
+
+    Raises:
+      CheckpointError: no usable checkpoint there.
+      ConfigError: a prompt that does not fit the model.
+    """
+    out = out or sys.stdout
+    model, tokenizer = load(Path(cfg.model), cfg.step)
+    live = cfg.stream and len(cfg.prompt) == 1
+    begun = False
+
+    def show(row: int, text: str) -> None:
+        nonlocal begun
+        print(text if begun else cfg.prompt[row] + text, end="", file=out, flush=True)
+        begun = True
+
+    completions = complete(
+        model, tokenizer, cfg.prompt, stream=functools.partial(tokenizers.StreamDecoder, tokenizer), seed=cfg.seed,
+        max_new_tokens=cfg.max_new_tokens, sampling=cfg.sampling, stop=cfg.stop, show=show if live else None,
+    )  # fmt: skip
+    for prompt, completion in zip(cfg.prompt, completions, strict=True):
+        print("" if begun else prompt + completion.text, file=out, flush=True)
+    return completions
+
+
+def load(folder: Path, step: int | None = None) -> tuple[Decoder, tokenizers.Tokenizer]:
+    """Model and tokenizer of a run (its checkpoint of `step`, or the newest that is whole) or of one checkpoint."""
+    if step is not None:
+        run_folder, folder = folder, folder / "checkpoints" / f"{step:08d}"
+        if not folder.is_dir():
+            found = [str(int(p.name)) for p in sorted((run_folder / "checkpoints").glob("*")) if p.name.isdigit()]
+            there = f"there are those of {', '.join(found)}" if found else "it has no checkpoints"
+            raise CheckpointError(f"{run_folder}: no checkpoint of step {step}; {there}")
+    weights = load_params(folder)
+    return merge(abstract(weights.model_cfg)[0], weights.params), tokenizers.load(weights.folder / "tokenizer")

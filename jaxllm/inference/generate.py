@@ -1,0 +1,290 @@
+"""Completions of prompts: one compiled prefill, then one compiled program of steps, for a whole batch.
+
+Prompts are padded on the left to one of a few lengths and caches have one of a few sizes, so that programs are
+compiled once and met again. Texts come in and out through a tokenizer given by the caller.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxllm.core.errors import CheckpointError, ConfigError
+from jaxllm.core.shapes import Array, Bool, Float, Int, Key
+from jaxllm.inference.beam import beam_search
+from jaxllm.inference.config import Beam, Greedy, Sample
+from jaxllm.inference.sampling import row_keys, sample
+from jaxllm.models.config import DecoderConfig
+from jaxllm.models.decoder import Cache, Decoder
+from jaxllm.models.module import Params, merge, split
+
+STEPS = 16  # tokens a row between two looks at them, when nobody watches
+NEVER = -1  # an end token that no model says
+
+Finish = Literal["eos", "stop", "length"]
+
+
+class Completion(NamedTuple):
+    """What a model said after a prompt."""
+
+    tokens: tuple[int, ...]  # all of them, also the one that ended it
+    text: str  # without the end token, cut before the stop text
+    logprobs: tuple[float, ...]  # nats, of each token under the model itself: before temperature, filters, penalties
+    finish: Finish  # why it ended: the end token, a stop text, or max_new_tokens
+
+
+@runtime_checkable
+class TextStream(Protocol):
+    """Text of tokens that come one at a time; the pieces joined are the text of all."""
+
+    def feed(self, i: int) -> str:
+        """The text that token `i` makes certain, possibly none."""
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for a character that never ended."""
+
+
+Stream = Callable[[Sequence[int]], TextStream]  # from the tokens that stand before the text
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What generation needs of a tokenizer."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def complete(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    stream: Stream,
+    max_new_tokens: int,
+    sampling: Greedy | Sample | Beam = Greedy(),
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    show: Callable[[int, str], None] | None = None,
+) -> list[Completion]:
+    """`generate` for texts. Each starts as a training document does: with BOS, or EOS where there is no BOS."""
+    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    prompts = [([] if first is None else [first]) + tokenizer.encode(text) for text in texts]
+    return generate(
+        model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size, seed=seed, stream=stream, stop=stop, show=show,
+    )  # fmt: skip
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Greedy | Sample | Beam = Greedy(),
+    eos_id: int | None = None,
+    vocab_size: int | None = None,
+    prefix_lens: Sequence[int] | None = None,
+    seed: int = 0,
+    stream: Stream | None = None,
+    stop: Sequence[str] = (),
+    show: Callable[[int, str], None] | None = None,
+) -> list[Completion]:
+    """A completion of each prompt (token ids), computed as one batch; each is what it would be alone.
+
+    Args:
+      max_new_tokens: longest completion; prompt and completion together must fit the model's context.
+      vocab_size: only ids below it are chosen: the tokenizer's, where the model's table has rows to spare.
+      prefix_lens: length of each prompt's bidirectional prefix, for masks with `prefix`; None: 0.
+      stream: makes the decoder of a completion's tokens, given the prompt; without it completions have no text.
+      stop: texts that end a completion; the first to be complete counts, wherever tokens begin and end.
+      show: called with (row, piece of text) as text becomes certain, token by token.
+
+    Raises:
+      ConfigError: a prompt that is empty, too long or of another vocabulary; a model that sees its future.
+      CheckpointError: weights that give NaN.
+    """
+    assert stream or not (stop or show), "text needs a decoder"
+    _check(model.cfg, prompts, max_new_tokens)
+    rows = [_Row(stream and stream(prompt), eos_id, stop) for _ in prompts]
+    graphdef, params = split(model)
+    length = bucket(max(map(len, prompts)))
+    tokens_BT = np.array([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], np.int32)
+    pad_B = np.array([length - len(prompt) for prompt in prompts], np.int32)
+    prefix_B = np.array(prefix_lens or [0] * len(prompts), np.int32)
+    known = np.int32(vocab_size or model.cfg.vocab)
+    eos = np.int32(NEVER if eos_id is None else eos_id)
+    capacity = bucket(length + max_new_tokens)
+
+    def take(tokens_SB: np.ndarray, logprobs_SB: np.ndarray) -> None:
+        if np.isnan(logprobs_SB).any():
+            raise CheckpointError("the model's logits are not numbers (NaN): its weights are damaged, or diverged in training")
+        for tokens, logprobs in zip(tokens_SB.tolist(), logprobs_SB.tolist(), strict=True):
+            for b, row in enumerate(rows):
+                piece = row.take(tokens[b], logprobs[b], last=len(row.tokens) + 1 == max_new_tokens)
+                if show and piece:
+                    show(b, piece)
+
+    if isinstance(sampling, Beam):
+        take(*jax.device_get(beam_search(
+            graphdef, sampling, bucket(max_new_tokens), capacity, params, tokens_BT, pad_B, prefix_B, known, eos, np.int32(max_new_tokens)
+        )))  # fmt: skip
+        return [row.completion() for row in rows]
+
+    keys_B = row_keys(seed, prompts)
+    state, logprob_B = _start(graphdef, sampling, capacity, params, tokens_BT, pad_B, prefix_B, known, keys_B)
+    take(*jax.device_get((state.tokens_B[None], logprob_B[None])))
+    while not all(done := [row.ended is not None for row in rows]):
+        steps = min(1 if show else STEPS, max_new_tokens - int(state.count))
+        state, *said, ran = _advance(graphdef, sampling, params, state, known, keys_B, eos, np.array(done), np.int32(steps))
+        tokens_SB, logprobs_SB, ran = jax.device_get((*said, ran))
+        take(tokens_SB[:ran], logprobs_SB[:ran])
+    return [row.completion() for row in rows]
+
+
+def bucket(n: int) -> int:
+    """The least of 16, 24, 32, 48, 64, 96, ... that is at least n: few sizes to compile for, at most half too large."""
+    power = 1 << max(n - 1, 15).bit_length()
+    return power * 3 // 4 if n <= power * 3 // 4 and power > 16 else power
+
+
+class State(NamedTuple):
+    """What one step leaves to the next."""
+
+    cache: Cache  # of all tokens but the last
+    tokens_B: Int[Array, " B"]  # the last
+    seen_BV: Bool[Array, "B V"]  # what stands in the prompt or was chosen
+    count: Int[Array, ""]  # tokens chosen so far
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "capacity"))
+def _start(
+    graphdef: nnx.GraphDef,
+    sampling: Greedy | Sample,
+    capacity: int,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    pad_B: Int[Array, " B"],
+    prefix_B: Int[Array, " B"],
+    known: Int[Array, ""],
+    keys_B: Key[Array, " B"],
+) -> tuple[State, Float[Array, " B"]]:
+    """The state after the first token, and that token's log-probability."""
+    logits_BV, cache = merge(graphdef, params).prefill(tokens_BT, pad_B, capacity=capacity, prefix_len_B=prefix_B)
+    B, T = tokens_BT.shape
+    real_BT = jnp.arange(T) >= pad_B[:, None]
+    seen_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(B)[:, None], tokens_BT].max(real_BT)
+    return _choose(sampling, State(cache, tokens_BT[:, -1], seen_BV, jnp.int32(0)), logits_BV, known, keys_B)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="state")
+def _advance(
+    graphdef: nnx.GraphDef,
+    sampling: Greedy | Sample,
+    params: Params,
+    state: State,
+    known: Int[Array, ""],
+    keys_B: Key[Array, " B"],
+    eos: Int[Array, ""],
+    done_B: Bool[Array, " B"],
+    steps: Int[Array, ""],
+) -> tuple[State, Int[Array, "S B"], Float[Array, "S B"], Int[Array, ""]]:
+    """The state up to `steps` tokens later (fewer if all rows end), these tokens, their log-probabilities, their number."""
+    model = merge(graphdef, params)
+
+    def going(carry):
+        n, _, done_B, *_ = carry
+        return (n < steps) & ~jnp.all(done_B)
+
+    def step(carry):
+        n, state, done_B, tokens_SB, logprobs_SB = carry
+        logits_BV, cache = model.decode(state.tokens_B, state.cache)
+        state, logprob_B = _choose(sampling, state._replace(cache=cache), logits_BV, known, keys_B)
+        done_B = done_B | (state.tokens_B == eos)
+        return n + 1, state, done_B, tokens_SB.at[n].set(state.tokens_B), logprobs_SB.at[n].set(logprob_B)
+
+    none_SB = jnp.zeros((STEPS, len(done_B)))
+    carry = jnp.int32(0), state, done_B, none_SB.astype(jnp.int32), none_SB
+    n, state, _, tokens_SB, logprobs_SB = jax.lax.while_loop(going, step, carry)
+    return state, tokens_SB, logprobs_SB, n
+
+
+def _choose(sampling, state: State, logits_BV: Array, known: Array, keys_B: Array) -> tuple[State, Float[Array, " B"]]:
+    B, V = logits_BV.shape
+    choice_BV = jnp.where(jnp.arange(V) < known, logits_BV, -jnp.inf)
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.count)
+    token_B = sample(sampling, choice_BV, state.seen_BV, keys_B)
+    logprob_B = jax.nn.log_softmax(logits_BV)[jnp.arange(B), token_B]
+    seen_BV = state.seen_BV.at[jnp.arange(B), token_B].set(True)
+    return State(state.cache, token_B, seen_BV, state.count + 1), logprob_B
+
+
+class _Row:
+    """A completion in the making."""
+
+    def __init__(self, stream: TextStream | None, eos_id: int | None, stop: Sequence[str]):
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.text, self.ended = "", None
+        self._stream, self._eos_id, self._stop = stream, eos_id, stop
+        self._shown = 0
+
+    def take(self, token: int, logprob: float, last: bool) -> str:
+        """Adds a token; the text that is certain now and was not before. After the end, nothing happens."""
+        if self.ended:
+            return ""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.ended = "eos" if token == self._eos_id else "length" if last else None
+        if self._stream is None:
+            return ""
+        new = "" if self.ended == "eos" else self._stream.feed(token)
+        before, self.text = len(self.text), self.text + new + (self._stream.finish() if self.ended else "")
+        if (cut := stop_at(self.text, self._stop, before)) is not None:
+            self.text, self.ended = self.text[:cut], "stop"
+        certain = len(self.text) - (0 if self.ended else held_back(self.text, self._stop))
+        piece, self._shown = self.text[self._shown : certain], certain
+        return piece
+
+    def completion(self) -> Completion:
+        return Completion(tuple(self.tokens), self.text, tuple(self.logprobs), self.ended)
+
+
+def stop_at(text: str, stop: Sequence[str], before: int = 0) -> int | None:
+    """Where the first stop text to be complete begins; None if there is none. The first `before` characters have none."""
+    found = []
+    for s in stop:
+        at = text.find(s, max(0, before - len(s) + 1))
+        if at >= 0:
+            found.append((at + len(s), at))
+    return min(found)[1] if found else None
+
+
+def held_back(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a stop text."""
+    return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+
+
+def _check(cfg: DecoderConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    for i, prompt in enumerate(prompts):
+        n = len(prompt)
+        if not n:
+            raise ConfigError(f"prompt {i} has no tokens: there must be one to go on from, such as BOS")
+        if wrong := [t for t in prompt if not 0 <= t < cfg.vocab]:
+            raise ConfigError(
+                f"prompt {i} has token id {wrong[0]}, the model's vocabulary is 0 to {cfg.vocab - 1}: was it made by "
+                "the tokenizer that the model was trained with?"
+            )
+        if n + max_new_tokens > cfg.context:
+            room = f"ask for at most {cfg.context - n}" if n < cfg.context else f"shorten it below {cfg.context}"
+            raise ConfigError(
+                f"prompt {i} has {n} tokens and max_new_tokens={max_new_tokens}: together more than the model's context "
+                f"of {cfg.context}; {room}"
+            )

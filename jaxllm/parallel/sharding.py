@@ -1,0 +1,75 @@
+"""From rules to devices: the mesh, shardings of named arrays, and the placement of activations."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxllm.core.axes import Place
+from jaxllm.core.errors import ConfigError
+from jaxllm.core.shapes import Array, PyTree
+from jaxllm.parallel.config import MESH_AXES, Mesh, Rules
+
+BATCH = ("batch", "seq")  # logical axes of a batch array; arrays of one value a row have the first
+
+
+def make_mesh(cfg: Mesh, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh over `devices` (default: all), neighbours in the fastest network next to each other.
+
+    Raises:
+      ConfigError: the sizes do not fit the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = cfg.resolve(len(devices)).sizes
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def sharding(mesh: jax.sharding.Mesh, rules: Rules, axes: tuple[str | None, ...]) -> NamedSharding:
+    """Where an array with these logical axes lies."""
+    return NamedSharding(mesh, PartitionSpec(*rules.mesh_axes(axes)))
+
+
+def fitting(mesh: jax.sharding.Mesh, rules: Rules, axes: tuple, shape: tuple[int, ...], name: str) -> NamedSharding:
+    """Like `sharding`, for an array of this shape.
+
+    Raises:
+      ConfigError: a dimension does not divide over its mesh axes; names the array, the dimension and the sizes.
+    """
+    placed = sharding(mesh, rules, axes)
+    for size, axis, mesh_axes in zip(shape, axes, placed.spec):
+        names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+        shares = math.prod(mesh.shape[n] for n in names)
+        if size % shares:
+            raise ConfigError(
+                f"{name}: {axis}={size} does not divide over mesh axis {' x '.join(names)} of {shares} devices; "
+                f"change the mesh or the model, or replicate it with {axis}: null in the sharding rules"
+            )
+    return placed
+
+
+def shardings(mesh: jax.sharding.Mesh, rules: Rules, axes: PyTree, shapes: PyTree) -> PyTree:
+    """A NamedSharding for every array of a tree of shapes; `axes` is the same tree with logical axes at its leaves."""
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    leaves, structure = jax.tree.flatten(shapes)
+    placed = [
+        fitting(mesh, rules, tuple(a), leaf.shape, name)
+        for name, leaf, a in zip(names, leaves, structure.flatten_up_to(axes), strict=True)
+    ]
+    return jax.tree.unflatten(structure, placed)
+
+
+def placement(mesh: jax.sharding.Mesh, rules: Rules) -> Place:
+    """What `core.axes.constrain` does inside a step on this mesh."""
+
+    def place(x: Array, axes: tuple[str | None, ...]) -> Array:
+        return jax.lax.with_sharding_constraint(x, fitting(mesh, rules, axes, x.shape, f"activation {axes}"))
+
+    return place
+
+
+def batch_shardings(mesh: jax.sharding.Mesh, rules: Rules, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, NamedSharding]:
+    """Where the arrays of a batch of these shapes lie; rows must divide over the mesh axes of `batch`."""
+    return {
+        name: fitting(mesh, rules, BATCH[: len(x.shape)], x.shape, f"batch array {name}") for name, x in batch.items()
+    }

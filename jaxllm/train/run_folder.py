@@ -1,0 +1,89 @@
+"""The folder of a run: its config, what it was made with, and who may continue it."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jaxllm.core import config
+from jaxllm.core.errors import ConfigError
+from jaxllm.core.machine import describe_machine, git_revision, versions
+from jaxllm.train.config import RunConfig
+
+# What may change when a run continues: where it computes and what it reports, not what it computes.
+FREE = ("out", "steps", "accumulate", "mesh", "sharding", "remat", "scan", "evaluation", "checkpoints", "stability",
+        "metrics", "profile", "compile_cache", "initial")  # fmt: skip
+FREE_DATA = ("path", "prefetch", "verify")  # the manifest's hash says whether it is the same data
+
+
+@contextmanager
+def open_run(cfg: RunConfig, manifest_hash: str) -> Iterator[Path]:
+    """The run's folder, locked: made if it is new, checked if the run is to go on.
+
+    Raises:
+      ConfigError: the folder holds another run, or one that is being trained by another process.
+    """
+    folder = Path(cfg.out)
+    written = folder / "config.yaml"
+    if written.exists():
+        _check_same(cfg, manifest_hash, folder)
+    elif folder.exists() and any(p for p in folder.iterdir() if p.name != "lock"):
+        raise ConfigError(f"out={folder} is not empty and holds no run; name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"out={folder} cannot be made: {e.strerror}") from None
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"out={folder}: another process is training this run; stop it or name another folder") from None
+        made_with = {
+            "manifest": manifest_hash, "versions": versions(), "git": git_revision(Path(__file__).parent),
+            "machine": describe_machine(),
+        }  # fmt: skip
+        _replace(written, config.dump(cfg))
+        _replace(folder / "run.json", json.dumps(made_with, indent=1) + "\n")
+        yield folder
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes the whole file or leaves the old one."""
+    half = path.with_suffix(path.suffix + ".new")
+    half.write_text(text, encoding="utf-8")
+    half.replace(path)
+
+
+def _check_same(cfg: RunConfig, manifest_hash: str, folder: Path) -> None:
+    old = config.load(RunConfig, folder / "config.yaml")
+    differ = [
+        f"{path}: {_short(a)} there, {_short(b)} asked"
+        for path, a, b in _differences(_fixed(old), _fixed(cfg))
+    ]  # fmt: skip
+    if (folder / "run.json").exists():
+        there = json.loads((folder / "run.json").read_text())["manifest"]
+        if there != manifest_hash:
+            differ.append(f"data: prepared data with hash {there[:12]} there, {manifest_hash[:12]} asked")
+    if differ:
+        lines = "\n  ".join(differ)
+        raise ConfigError(f"out={folder} holds another run, which this one cannot continue; name another folder, or undo:\n  {lines}")
+
+
+def _fixed(cfg: RunConfig) -> dict:
+    tree = {k: v for k, v in cfg.model_dump(mode="json").items() if k not in FREE}
+    tree["data"] = {k: v for k, v in tree["data"].items() if k not in FREE_DATA}
+    return tree
+
+
+def _differences(a: object, b: object, path: str = "") -> Iterator[tuple[str, object, object]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            yield from _differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+    elif a != b:
+        yield path, a, b
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,312 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxllm.core.errors import CheckpointError, ConfigError
+from jaxllm.inference import generate as module
+from jaxllm.inference.config import Greedy, Sample
+from jaxllm.inference.generate import bucket, complete, generate, stop_at
+from jaxllm.models.config import (
+    FFN, ALiBi, Attention, Block, DecoderConfig, DeepNorm, Dropout, LayerNorm, Learned, NoPosition, Normal, Parallel, Post,
+    Pre, RMSNorm, RoPE, Sandwich, Sinusoidal, SubLN,
+)  # fmt: skip
+from jaxllm.models.masks import All, Causal, Full, Prefix, Some, Window
+from jaxllm.models.module import merge, split
+
+V = 29
+SAMPLINGS = [Greedy(), Sample(), Sample(temperature=0.7, top_k=7, top_p=0.9, min_p=0.02, repetition_penalty=1.3)]
+
+
+@functools.cache
+def tiny(**changes):
+    """A model whose next token hangs on all before it; its weights are large, so that its choices are clear."""
+    block = Block(attention=Attention(num_heads=4, num_kv_heads=2), ffn=FFN(mlp=24))
+    cfg = DecoderConfig(vocab=V, context=64, embed=16, num_layers=2, block=block, init=Normal(std=0.5))
+    return cfg.model_copy(update=changes).build(seed=1)
+
+
+# --- the cache ---------------------------------------------------------------------------------------------------
+
+positions = st.sampled_from(
+    [NoPosition(), Sinusoidal(), Learned(), RoPE(), RoPE(fraction=0.5), RoPE(interleaved=True, theta=50.0), ALiBi()]
+)
+placements = st.sampled_from([Pre(), Sandwich(), Parallel(), Parallel(norms=2), SubLN()])
+post_placements = st.sampled_from([Post(), DeepNorm()])
+masks = st.sampled_from(
+    [
+        Causal(),
+        Causal() | Prefix(),
+        Causal() & Window(left=3),
+        All(of=(Causal() | Prefix(), Window(left=4) | Prefix())),
+        Some(of=(All(of=(Causal(), Window(left=2))), All(of=(Causal(), Prefix())))),
+    ]
+)
+
+
+@st.composite
+def attentions(draw):
+    heads = draw(st.sampled_from([(2, 2), (4, 2), (3, 1)]))
+    return Attention(
+        num_heads=heads[0], num_kv_heads=heads[1], head_dim=4, bias=draw(st.booleans()), mask=draw(masks),
+        window=draw(st.sampled_from([None, 2, 3, 50])), softcap=draw(st.sampled_from([None, 5.0])),
+        qk_norm=draw(st.sampled_from([None, RMSNorm()])),
+    )  # fmt: skip
+
+
+@st.composite
+def decoders(draw):
+    placement = draw(st.sampled_from([placements, post_placements]))
+    norm = draw(st.sampled_from([RMSNorm(), LayerNorm()]))
+    num_slots = draw(st.integers(1, 3))
+    pattern = tuple(
+        Block(norm=norm, placement=draw(placement), attention=draw(attentions()), ffn=FFN(mlp=8, glu=draw(st.booleans())))
+        for _ in range(num_slots)
+    )
+    return DecoderConfig(
+        vocab=V, context=32, embed=12, num_layers=num_slots + draw(st.integers(0, 2)), pattern=pattern, tie=draw(st.booleans()),
+        position=draw(positions), logit_softcap=draw(st.sampled_from([None, 30.0])), dropout=Dropout(residual=0.3),
+        init=Normal(std=0.3),
+    )  # fmt: skip
+
+
+@settings(derandomize=True, max_examples=25, suppress_health_check=list(HealthCheck))
+@given(cfg=decoders(), lengths=st.tuples(st.integers(2, 6), st.integers(2, 6)), prefix=st.booleans(), seed=st.integers(0, 99))
+def test_cached_decode_of_a_padded_batch_is_the_full_forward_of_each_row_alone(cfg, lengths, prefix, seed):
+    new, model = 4, cfg.build(seed)
+    graphdef, params = split(model)
+    tokens = np.random.default_rng(seed).integers(0, V, (2, max(lengths) + new))
+    T = max(lengths) + 1  # at least one token of padding everywhere
+    pad_B = np.array([T - n for n in lengths], np.int32)
+    prefix_B = np.array([n - 1 for n in lengths] if prefix else [0, 0], np.int32)
+    padded = np.zeros((2, T), np.int32)
+    for b, n in enumerate(lengths):
+        padded[b, T - n :] = tokens[b, :n]
+
+    @jax.jit
+    def cached(params):
+        model = merge(graphdef, params)
+        logits_BV, cache = model.prefill(jnp.array(padded), jnp.array(pad_B), capacity=T + new, prefix_len_B=jnp.array(prefix_B))
+        fed = jnp.array([[tokens[b, n + i] for b, n in enumerate(lengths)] for i in range(new)], jnp.int32)
+        _, after = jax.lax.scan(lambda cache, t: model.decode(t, cache)[::-1], cache, fed)
+        return jnp.concatenate([logits_BV[None], after])
+
+    @jax.jit
+    def full(params, tokens_T, n_prefix):  # what follows the last real token changes nothing before it
+        T = len(tokens_T)
+        here = jnp.arange(T)[None]
+        return merge(graphdef, params)(tokens_T[None], here, jnp.ones((1, T), jnp.int32), prefix_BT=here < n_prefix)[0]
+
+    got = cached(params)
+    for b, n in enumerate(lengths):
+        alone = full(params, jnp.array(tokens[b], jnp.int32), jnp.int32(prefix_B[b]))
+        np.testing.assert_allclose(got[:, b], alone[n - 1 : n + new], atol=1e-4)
+
+
+# --- what is chosen ----------------------------------------------------------------------------------------------
+
+
+def follow(model, prompt, count):
+    """Greedy tokens and their log-probabilities by a full forward for each."""
+    graphdef, params = split(model)
+
+    @jax.jit
+    def logprobs(params, tokens_T):
+        T = len(tokens_T)
+        return jax.nn.log_softmax(merge(graphdef, params)(tokens_T[None], jnp.arange(T)[None], jnp.ones((1, T), jnp.int32))[0])
+
+    tokens, chosen = list(prompt), []
+    for _ in range(count):
+        row = logprobs(params, jnp.array(tokens + [0] * (48 - len(tokens))))[len(tokens) - 1]
+        tokens.append(int(row.argmax()))
+        chosen.append(float(row.max()))
+    return tuple(tokens[len(prompt) :]), chosen
+
+
+PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 6], [7] * 19, [2, 6]]
+
+
+def test_greedy_is_the_argmax_of_repeated_full_forwards():
+    for prompt, completion in zip(PROMPTS, generate(tiny(), PROMPTS, max_new_tokens=20), strict=True):
+        tokens, logprobs = follow(tiny(), prompt, 20)
+        assert completion.tokens == tokens and completion.finish == "length"
+        np.testing.assert_allclose(completion.logprobs, logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: f"{s.kind}{s.repetition_penalty}")
+def test_a_row_is_completed_alike_alone_in_a_batch_and_anywhere_in_it(sampling):
+    ask = functools.partial(generate, tiny(), max_new_tokens=20, sampling=sampling)
+    together, backwards = ask(PROMPTS[:3]), ask(PROMPTS[:3][::-1])[::-1]
+    alone = [ask([prompt])[0] for prompt in PROMPTS[:3]]
+    assert [c.tokens for c in together] == [c.tokens for c in backwards] == [c.tokens for c in alone]
+
+
+def test_a_seed_gives_the_same_draws_again_and_another_seed_others():
+    ask = functools.partial(generate, tiny(), PROMPTS, max_new_tokens=12, sampling=Sample(temperature=2.0))
+    assert ask(seed=1) == ask(seed=1) != ask(seed=2)
+    assert ask()[1].tokens != ask()[3].tokens  # the same prompt twice: two draws
+
+
+def test_repetition_penalty_counts_prompt_and_completion():
+    [completion] = generate(tiny(), [[3, 1, 4]], max_new_tokens=20, sampling=Greedy(repetition_penalty=1e6))
+    said = (3, 1, 4, *completion.tokens)
+    assert len(set(said)) == len(said)
+
+
+def test_only_ids_of_the_tokenizer_are_said():
+    tokens = [c.tokens for s in SAMPLINGS for c in generate(tiny(), PROMPTS, max_new_tokens=20, sampling=s, vocab_size=5)]
+    assert max(map(max, tokens)) < 5
+
+
+def test_a_bidirectional_prefix_is_that_of_the_full_forward():
+    block = Block(attention=Attention(num_heads=4, mask=Causal() | Prefix()), ffn=FFN(mlp=24))
+    model, prompt = tiny(block=block), [3, 1, 4, 1, 5]
+    [seen], [unseen] = (generate(model, [prompt], max_new_tokens=1, prefix_lens=[n]) for n in (4, 0))
+    T = jnp.arange(5)[None]
+    for completion, n in ((seen, 4), (unseen, 0)):
+        logits = model(jnp.array([prompt]), T, jnp.ones((1, 5), jnp.int32), prefix_BT=T < n)[0, -1]
+        assert completion.logprobs[0] == pytest.approx(float(jax.nn.log_softmax(logits).max()), abs=1e-4)
+    assert seen.logprobs != unseen.logprobs
+
+
+def test_bfloat16_weights_generate():
+    graphdef, params = split(tiny())
+    model = merge(graphdef, {name: x.astype(jnp.bfloat16) for name, x in params.items()})
+    [completion] = generate(model, [[3, 1, 4]], max_new_tokens=3)
+    assert completion.logprobs == pytest.approx(follow(tiny(), [3, 1, 4], 3)[1], abs=0.5)
+
+
+# --- where it ends -----------------------------------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer of 29 pieces, some of which end words, and its stream."""
+
+    vocab_size, bos_id, eos_id = V, 0, 1
+    pieces = ["", "", *"abcdefghijklmnopqrstuvwxyz"[:20], "ab", "bc", "cab", " ", ". ", "a ", "zz"]
+
+    def encode(self, text):
+        return [self.pieces.index(c) for c in text]
+
+
+class Spelled:
+    def __init__(self, context):
+        self.context = context
+
+    def feed(self, i):
+        return Words.pieces[i]
+
+    def finish(self):
+        return ""
+
+
+def spell(tokens):
+    return "".join(Words.pieces[i] for i in tokens)
+
+
+def test_the_end_token_ends_a_row_and_the_others_go_on():
+    free = generate(tiny(), PROMPTS[:3], max_new_tokens=40, sampling=Sample(), seed=3)
+    eos = free[0].tokens[9]
+    ended = generate(tiny(), PROMPTS[:3], max_new_tokens=40, sampling=Sample(), seed=3, eos_id=eos)
+    for was, now in zip(free, ended, strict=True):
+        n = was.tokens.index(eos) + 1 if eos in was.tokens else 40
+        assert now.tokens == was.tokens[:n] and now.logprobs == pytest.approx(was.logprobs[:n], abs=1e-5)
+        assert now.finish == ("eos" if eos in was.tokens else "length")
+
+
+def test_a_stop_text_that_spans_tokens_cuts_the_text_before_it():
+    ask = functools.partial(generate, tiny(), [[3, 1, 4]], max_new_tokens=40, sampling=Sample(temperature=1.5), stream=Spelled)
+    [free] = ask()
+    assert free.text == spell(free.tokens) and free.finish == "length"
+    stop = free.text[10:15]
+    [cut] = ask(stop=("never said", stop))
+    assert cut.text == free.text[: free.text.index(stop)] and cut.finish == "stop"
+    n = len(cut.tokens)  # with the token that completes the stop text, none after
+    assert cut.tokens == free.tokens[:n] and stop in spell(free.tokens[:n]) and stop not in spell(free.tokens[: n - 1])
+
+
+@pytest.mark.parametrize("stop", [(), ("q", "ab", "ca"), ("never said",)], ids=str)
+def test_streamed_pieces_join_to_the_text(stop):
+    ask = functools.partial(
+        generate, tiny(), PROMPTS, max_new_tokens=30, sampling=Sample(temperature=2.0), stream=Spelled, stop=stop, eos_id=1
+    )
+    shown = [[] for _ in PROMPTS]
+    streamed = ask(show=lambda row, piece: shown[row].append(piece))
+    assert ["".join(pieces) for pieces in shown] == [c.text for c in streamed]
+    assert [c._replace(logprobs=()) for c in streamed] == [c._replace(logprobs=()) for c in ask()]
+    assert all(pieces.count("") == 0 for pieces in shown) and max(map(len, shown)) > 3
+
+
+@settings(derandomize=True, max_examples=200)
+@given(
+    text=st.text("abc", max_size=30), cuts=st.sets(st.integers(0, 30)),
+    stop=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+)  # fmt: skip
+def test_where_text_is_cut_does_not_depend_on_the_pieces_it_comes_in(text, cuts, stop):
+    ends = sorted(c for c in cuts if c < len(text)) + [len(text)]
+    found, before = None, 0
+    for end in ends:
+        found = stop_at(text[:end], stop, before) if found is None else found
+        before = end
+    first = min(((text.find(s) + len(s), text.find(s)) for s in stop if s in text), default=None)
+    assert found == (first and first[1])
+
+
+def test_a_text_starts_as_a_training_document_does():
+    [completion] = complete(tiny(), Words(), ["cab"], stream=Spelled, max_new_tokens=5)
+    assert completion.tokens == generate(tiny(), [[0, 4, 2, 3]], max_new_tokens=5, eos_id=1)[0].tokens
+    words = Words()
+    words.bos_id = None
+    assert complete(tiny(), words, [""], stream=Spelled, max_new_tokens=3)[0].tokens == follow(tiny(), [1], 3)[0]
+
+
+# --- programs ----------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_one_bucket_share_their_programs():
+    model, ask = tiny(), functools.partial(generate, max_new_tokens=9, sampling=Sample(temperature=0.9))
+    ask(model, [[1, 2, 3]])
+    compiled = [module._start._cache_size(), module._advance._cache_size()]
+    ask(model, [list(range(16))])
+    ask(tiny.__wrapped__(), [[5]], eos_id=2, seed=4, vocab_size=20)  # another model of the same config
+    assert compiled == [module._start._cache_size(), module._advance._cache_size()]
+
+
+def test_buckets_are_few_and_not_much_too_large():
+    sizes = {n: bucket(n) for n in range(1, 4097)}
+    assert all(n <= size <= max(16, 1.5 * n) for n, size in sizes.items()) and len(set(sizes.values())) == 17
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt, new, message", [
+    ([], 1, "prompt 1 has no tokens"),
+    ([1] * 50, 15, "prompt 1 has 50 tokens and max_new_tokens=15: .* context of 64; ask for at most 14"),
+    ([1] * 64, 1, "prompt 1 has 64 tokens .* shorten it below 64"),
+    ([1, V], 1, f"token id {V}, the model's vocabulary is 0 to {V - 1}"),
+    ([-1], 1, "token id -1"),
+])  # fmt: skip
+def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(prompt, new, message):
+    with pytest.raises(ConfigError, match=message):
+        generate(tiny(), [[1], prompt], max_new_tokens=new)
+
+
+def test_prompt_and_completion_may_fill_the_context():
+    prompt = list(range(20))
+    assert generate(tiny(position=Learned()), [prompt], max_new_tokens=44)[0].tokens[:5] == follow(tiny(position=Learned()), prompt, 5)[0]
+
+
+def test_a_model_that_sees_its_future_does_not_generate():
+    with pytest.raises(ConfigError, match="attention.mask=full"):
+        generate(tiny(block=Block(attention=Attention(num_heads=4, mask=Full()), ffn=FFN(mlp=8))), [[1]], max_new_tokens=1)
+
+
+def test_damaged_weights_are_named():
+    graphdef, params = split(tiny())
+    with pytest.raises(CheckpointError, match="NaN"):
+        generate(merge(graphdef, params | {"head": params["head"] * np.nan}), [[1]], max_new_tokens=1)
