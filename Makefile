@@ -58,7 +58,8 @@ $(PY):
 	@$(PIP) --quiet uv || echo "uv cannot be had: pip installs, which takes longer"
 
 $(VENV)/installed: $(PINS) | $(PY)
-	$(call pip_or_uv,-e .)
+	@echo "installing into $(VENV)"
+	@$(call pip_or_uv,--quiet -e .)
 	@touch $@
 
 # torch, the oracle of many tests, is left out where it would bring several gigabytes of CUDA: those tests then skip.
@@ -69,5 +70,5 @@ $(VENV)/installed-test: $(VENV)/installed
 		extras=test; \
 		echo "tests against torch will skip: no torch without CUDA for this Python (PIP_FIND_LINKS may name one; ORACLE=1 takes any)"; \
 	fi; \
-	$(call pip_or_uv,-e ".[$$extras]")
+	$(call pip_or_uv,--quiet -e ".[$$extras]")
 	@touch $@

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.metrics import Metrics, TensorBoard, WandB
@@ -57,7 +57,7 @@ class Sinks:
         for sink in self._sinks:
             sink.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Sinks":  # noqa: PYI034 (beartype refuses Self here)
         return self
 
     def __exit__(self, *exc) -> None:

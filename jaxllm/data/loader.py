@@ -1,16 +1,18 @@
 """Batches of prepared rows: batch k is a pure function of (manifest, seed, k), so the step is all of the state.
 
 Row r of a run: a schedule without randomness says which task row r comes from and how many of that task came before;
-grain's index shuffle says which record that is, anew in each epoch; ArrayRecord reads it. Nothing is walked through:
-any row costs the same. grain also reads ahead in threads. No TensorFlow here.
+a computed shuffle says which record that is, anew in each epoch; grain reads it, and reads ahead in threads. Nothing
+is walked through: any row costs the same. (grain's own mixing and shuffle are not used: the one holds proportions only
+over long windows, the other takes milliseconds a row in tasks of a few rows.) No TensorFlow here.
 """
 
+import functools
 import hashlib
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,10 +20,18 @@ from jaxllm.core.errors import ConfigError, DataError
 from jaxllm.data import rows as codec
 from jaxllm.data.manifest import Prepared, open_prepared
 from jaxllm.data.mixtures import schedule
+from jaxllm.data.shuffle import shuffled
 
 __all__ = ["Batches", "Prepared", "Rows", "batches", "open_prepared", "validation_rows"]
 
 Weights = Mapping[str, float] | Sequence[tuple[str, float]]
+
+
+@runtime_checkable
+class RandomAccess(Protocol):
+    """Rows by number, such as `Rows` or what `validation_rows` gives; asked from several threads."""
+
+    def __getitem__(self, r: int) -> dict[str, np.ndarray]: ...
 
 
 class Rows:
@@ -35,26 +45,26 @@ class Rows:
     """
 
     def __init__(self, prepared: Prepared, seed: int, weights: Weights | None = None):
-        import grain  # brings JAX along: only where rows are read
-
         self.prepared = prepared
         weights = _checked(dict(sorted(dict(weights or prepared.manifest["mixture"]).items())), prepared)
         self.tasks = tuple(weights)
         self._schedule = schedule([max(1, round(w / sum(weights.values()) * 2**40)) for w in weights.values()])
         self._shards = [_Shards(prepared, task, "train") for task in self.tasks]
-        self._orders = [
-            grain.MapDataset.range(len(shards)).shuffle(seed=_seed(seed, task)).repeat()
-            for task, shards in zip(self.tasks, self._shards, strict=True)
-        ]
+        self._seed = seed
 
     def locate(self, r: int) -> tuple[str, int]:
         """The task and the record of row r."""
-        part, n = self._schedule(r)
-        return self.tasks[part], int(self._orders[part][n])
+        part, i = self._locate(r)
+        return self.tasks[part], i
 
     def __getitem__(self, r: int) -> dict[str, np.ndarray]:
+        part, i = self._locate(r)
+        return self._shards[part][i]
+
+    def _locate(self, r: int) -> tuple[int, int]:
         part, n = self._schedule(r)
-        return self._shards[part][self._orders[part][n]]
+        epoch, i = divmod(n, len(self._shards[part]))
+        return part, shuffled(i, len(self._shards[part]), _key(self._seed, self.tasks[part], epoch))
 
 
 def _checked(weights: dict[str, float], prepared: Prepared) -> dict[str, float]:
@@ -67,16 +77,16 @@ def _checked(weights: dict[str, float], prepared: Prepared) -> dict[str, float]:
     return weights
 
 
-def _seed(seed: int, task: str) -> int:
-    """32 bits for a task's shuffle. grain adds the epoch to it: hashed, seeds 0 and 1 do not share epochs."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{task}".encode()).digest()[:4], "big")
+@functools.lru_cache(maxsize=1024)
+def _key(seed: int, task: str, epoch: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{task}:{epoch}".encode()).digest()[:8], "big")
 
 
 class _Shards:
     """The records of a task's split, across its shards, as rows."""
 
     def __init__(self, prepared: Prepared, task: str, split: str):
-        from grain.sources import ArrayRecordDataSource
+        from grain.sources import ArrayRecordDataSource  # brings JAX along: only where rows are read
 
         entries = prepared.shards(task, split)
         self._length, self._files = prepared.length, [prepared.path / s["file"] for s in entries]
@@ -153,7 +163,7 @@ class Batches:
 
 
 def batches(
-    rows: Rows | Sequence[dict[str, np.ndarray]],
+    rows: RandomAccess,
     first: int,
     plan: Callable[[int], tuple[int, int]],
     host: int = 0,

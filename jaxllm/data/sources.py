@@ -54,7 +54,8 @@ def documents(
     `unreadable`, `damaged` (a compressed or columnar file), `invalid_utf8`, `too_long`, `broken_json`, `no_text`.
 
     Raises:
-      DataError: for the first of those under `on_error="stop"`; always for a source that names no file or gives no text.
+      DataError: for the first of those under `on_error="stop"`; always for a source that names no file, gives no text
+        or has no such column.
     """
 
     def refuse(reason: str, message: str) -> None:
@@ -169,7 +170,7 @@ def _python_tree(root: Path) -> Iterator[Path]:
 
 
 def _columnar_files(root: Path, split: str | None) -> list[File]:
-    """The Arrow files of a `save_to_disk` folder, in which a DatasetDict has a folder for each split, or Parquet files."""
+    """The Arrow files of a `save_to_disk` folder (a DatasetDict has a folder for each split), or Parquet files."""
     folder = root
     if (root / "dataset_dict.json").is_file():
         splits = _listed(root / "dataset_dict.json", lambda tree: [Path(name).name for name in tree["splits"]])
@@ -185,7 +186,7 @@ def _columnar_files(root: Path, split: str | None) -> list[File]:
         found = [p for p in root.rglob("*.parquet") if split is None or _in_split(p.relative_to(root), split)]
     missing = [p for p in found if not p.is_file()]
     if missing or not found:
-        wanted = f"{missing[0].name} is missing" if missing else "no state.json, dataset_dict.json or matching *.parquet"
+        wanted = f"{missing[0].name} is missing" if missing else "no state.json, dataset_dict.json or fitting *.parquet"
         raise DataError(f"{root}: {wanted}; give a folder of `Dataset.save_to_disk` or of Parquet files")
     return [File(path, path.relative_to(root).as_posix()) for path in found]
 

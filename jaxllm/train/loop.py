@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxllm.core.errors import ConfigError, UserError
+from jaxllm.core.machine import versions
 from jaxllm.core.sinks import Sinks, open_sinks, truncate_after
 from jaxllm.data.loader import Prepared, Rows, batches, open_prepared, validation_rows
 from jaxllm.models.count import flops_per_token
@@ -289,7 +290,11 @@ class Loop:
 
     def save(self, state: TrainState, step: int, loss: float | None = None) -> None:
         self.progress.detector = self.detector.state()
-        self.checkpoints.save(step, state, {"progress": asdict(self.progress), "manifest": self.prepared.hash}, loss)
+        meta = {
+            "progress": asdict(self.progress), "manifest": self.prepared.hash, "versions": versions(),
+            "tokenizer": {"path": "tokenizer", "fingerprint": self.prepared.manifest["tokenizer"]["fingerprint"]},
+        }  # fmt: skip
+        self.checkpoints.save(step, state, meta, loss)
 
     def evaluate(self, state: TrainState, step: int) -> None:
         self.last_evaluation = evaluate(self.setup, self.eval_step, state.params, self.held_out)

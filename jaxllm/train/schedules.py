@@ -17,7 +17,7 @@ def learning_rate(cfg: Schedule, peak: float, steps: int) -> optax.Schedule:
     there. A decay of one step has room for one of its ends only, and stays at the peak.
 
     Raises:
-      ConfigError: warmup leaves no step after it, or the phases of a WSD overlap, or its decay is exponential to a floor of 0.
+      ConfigError: no step is left after the warmup, the phases of a WSD overlap, or it decays exponentially to 0.
     """
     if cfg.warmup >= steps:
         raise ConfigError(

@@ -125,11 +125,10 @@ class Meter:
 
 def memory() -> dict[str, int]:
     """Bytes: memory_peak of the fullest local device, memory_limit of one; on CPU the process's peak alone."""
-    stats = [s for d in jax.local_devices() if (s := d.memory_stats())]
-    if not stats:
+    stats = [d.memory_stats() or {} for d in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    limits = [s["bytes_limit"] for s in stats if "bytes_limit" in s]  # some allocators have none
+    if not peaks:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {"memory_peak": peak * (1 if sys.platform == "darwin" else 1024)}  # macOS counts bytes, Linux KiB
-    return {
-        "memory_peak": max(s["peak_bytes_in_use"] for s in stats),
-        "memory_limit": min(s["bytes_limit"] for s in stats),
-    }
+    return {"memory_peak": max(peaks)} | ({"memory_limit": min(limits)} if limits else {})

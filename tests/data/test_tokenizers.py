@@ -1,3 +1,4 @@
+import base64
 import functools
 import gzip
 import json
@@ -18,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.core.errors import ConfigError, DataError
-from jaxllm.data import config, sources
+from jaxllm.data import config
 from jaxllm.data.tokenizers import StreamDecoder, build, load
 from jaxllm.data.tokenizers.ranks import ENCODINGS
 
 SHARED = Path(os.environ.get("JAXLLM_SHARED", Path(__file__).parents[2].parent / "shared")) / "data/tokenizers"
-CORPUS = [Path(m.__file__).read_text() for m in (json, functools, re, gzip, random)] + ["Größe 中文 \U0001f600 ñandú"] * 3
+CORPUS = [Path(m.__file__).read_text("utf-8") for m in (json, functools, re, gzip, random)]
+CORPUS += ["Größe 中文 \U0001f600 ñandú"] * 3
 
 
 def shared(name):
@@ -35,8 +37,6 @@ def shared(name):
 
 def rank_lines(count):
     """A rank file of single bytes and pairs of bytes."""
-    import base64
-
     tokens = [bytes([b]) for b in range(256)] + [bytes([a, b]) for a in range(256) for b in range(256)]
     return b"".join(base64.b64encode(t) + b" %d\n" % rank for rank, t in enumerate(tokens[:count]))
 
@@ -71,12 +71,11 @@ def kinds(tmp_path_factory):
 every_kind = pytest.mark.parametrize("name", CONFIGS)
 SNIPPETS = [
     "def f(x):\n    return x", "  leading", "trailing  ", "\n\n\n", "\r\n", "\t\t", "don't", "I'LL", "123456", "naïve",
-    "中文字", "日本語", "한국", "العربية", "\U0001f600", "\U0001f468\u200d\U0001f469", "\u0301", "\x00", "\x1b[0m", "\u2028",
-    "\u2581", "\ufffd", "\ufeff", "<bos>", "<|endoftext|>", "</s>", "[MASK]", "<0x41>", "##ing", " ", "a",
+    "中文字", "日本語", "한국", "العربية", "\U0001f600", "\U0001f468\u200d\U0001f469", "\u0301", "\x00", "\x1b[0m",
+    "\u2028", "\u2581", "\ufffd", "\ufeff", "<bos>", "<|endoftext|>", "</s>", "[MASK]", "<0x41>", "##ing", " ", "a",
 ]  # fmt: skip
-TEXT = st.lists(st.one_of(st.text(st.characters(codec="utf-8"), max_size=8), st.sampled_from(SNIPPETS)), max_size=6).map(
-    "".join
-)
+PART = st.text(st.characters(codec="utf-8"), max_size=8) | st.sampled_from(SNIPPETS)
+TEXT = st.lists(PART, max_size=6).map("".join)
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 
@@ -127,7 +126,7 @@ def test_special_tokens_and_ids_of_no_token_decode_to_nothing(kinds, name):
 def test_streamed_pieces_join_to_the_decoded_whole(kinds, name, data):
     tokenizer = kinds(name)
     some = st.integers(0, tokenizer.vocab_size - 1) | st.integers(0, min(300, tokenizer.vocab_size - 1))
-    ids = data.draw(st.lists(some, max_size=12) | TEXT.map(tokenizer.encode))
+    ids = data.draw(st.lists(some, max_size=12)) + tokenizer.encode(data.draw(TEXT))
     at = data.draw(st.integers(0, len(ids)))
     stream, alone = StreamDecoder(tokenizer, ids[:at]), StreamDecoder(tokenizer)
     assert "".join([alone.feed(i) for i in ids] + [alone.finish()]) == tokenizer.decode(ids)
@@ -145,6 +144,9 @@ def test_streaming_waits_for_whole_characters_and_keeps_the_space_before_a_word(
     assert llama.decode(world) == "world"
     stream = StreamDecoder(llama, hello)
     assert "".join(map(stream.feed, world)) + stream.finish() == " world"
+    t5 = kinds("t5")  # drops all leading spaces, so a lone one is no context
+    ids = [t5.token_id(piece) for piece in ("\u2581the", "\u2581", "\u2581the")]
+    assert "".join(map(StreamDecoder(t5).feed, ids)) == t5.decode(ids) == "the  the"
 
 
 @every_kind
@@ -185,10 +187,11 @@ def test_tiktoken_gives_the_ids_of_its_own_pattern(encoding, monkeypatch):
 def test_llama3_ranks_and_its_tokenizer_json_give_the_same_ids_and_special_tokens(tmp_path, kinds):
     ours = kinds("llama3")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes(lzma.open(shared(f"llama3/llama3_2.{name}.xz")).read())
+        (tmp_path / name).write_bytes(lzma.decompress(Path(shared(f"llama3/llama3_2.{name}.xz")).read_bytes()))
     theirs = build(config.HfTokenizer(file=str(tmp_path), eos="<|end_of_text|>"))
     assert ours.special == theirs.special and ours.vocab_size == theirs.vocab_size == 128_256
-    assert theirs.lossless and (ours.bos_id, ours.eos_id) == (128_000, 128_001) == (theirs.token_id("<|begin_of_text|>"), theirs.eos_id)
+    assert theirs.lossless and theirs.eos_id == ours.eos_id == 128_001
+    assert theirs.token_id("<|begin_of_text|>") == ours.bos_id == 128_000
 
     @settings(max_examples=150, deadline=None, derandomize=True)
     @given(text=TEXT)
@@ -274,11 +277,11 @@ def test_smollm2_takes_its_ends_from_the_file_beside_it_or_from_the_config(kinds
         build(config.HfTokenizer(file=shared("smollm2"), eos="</s>"))
 
 
-@pytest.mark.parametrize("tail", ["", "a", "\n"])
-def test_a_megabyte_of_spaces_does_not_overflow_tiktoken(kinds, tail):
-    text = "start" + " " * 1_500_000 + tail
-    for name in ("pairs", "cl100k"):
-        assert kinds(name).decode(kinds(name).encode(text)) == text
+def test_a_megabyte_of_spaces_does_not_overflow_tiktoken(kinds):
+    assert len(kinds("pairs").encode(" " * 1_000_000)) == 500_000
+    for tail in ("", "a", "\n"):
+        text = "start" + " " * 1_500_000 + tail
+        assert kinds("cl100k").decode(kinds("cl100k").encode(text)) == text
 
 
 # --- added tokens ------------------------------------------------------------------------------------------------
@@ -364,10 +367,9 @@ def test_fingerprints_tell_kinds_apart_and_not_a_compressed_file_from_a_plain_on
 
 TRAINED = [config.TrainBpe(vocab=700), config.TrainUnigram(vocab=700), config.TrainWordPiece(vocab=700)]
 TRAIN = """
-import sys
+from collections import Counter
 from jaxllm.data import config, sources, tokenizers
 files = config.PythonSource(package="json"), config.PythonSource(package="email")
-from collections import Counter
 texts = [d.text for f in files for d in sources.documents(f, max_bytes=10**7, on_error="stop", counts=Counter())]
 for kind in (config.TrainBpe, config.TrainUnigram, config.TrainWordPiece):
     print(tokenizers.build(kind(vocab=700), texts).fingerprint())

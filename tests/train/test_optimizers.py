@@ -320,8 +320,8 @@ def test_muon_moves_hidden_matrices_along_the_orthogonal_factor_of_their_gradien
         assert ((large > 0.65) & (large < 1.25)).all()
 
 
-def test_muon_has_the_rms_of_adamw_at_its_first_step_or_near():
-    """Liu et al. 2025, section 2.2: 0.2 sqrt(max) gives a full-rank square update the RMS 0.2 of AdamW's in training."""
+def test_an_update_of_muon_has_the_root_mean_square_that_the_paper_wants():
+    """Liu et al. 2025, section 2.2: 0.2 sqrt(max) gives a full-rank update the RMS of AdamW's, about 0.2."""
     axes = {"w": ("embed", "mlp")}
     grads = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 256)), jnp.float32)}
     cfg = Muon(learning_rate=1.0, weight_decay=0.0)

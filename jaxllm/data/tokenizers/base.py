@@ -107,7 +107,7 @@ class Tokenizer:
             if not token or token in tokens[:n]:
                 raise ConfigError(f"added token {token!r} is {'given twice' if token else 'empty'}; tokens must differ")
             if (i := self.token_id(token)) is not None:
-                raise ConfigError(f"added token {token!r} is already token {i} of the vocabulary; leave it out of `add`")
+                raise ConfigError(f"added token {token!r} is already token {i} of the vocabulary; leave it out")
         return self._extended(tuple(tokens)) if tokens else self
 
     def save(self, folder: str | Path) -> None:
@@ -143,7 +143,7 @@ class StreamDecoder:
     """Text of ids that come one at a time: all pieces joined are `decode(context + ids)` less `decode(context)`.
 
     A piece ends where text is certain: bytes of an unfinished character wait for the next ids. A few ids before the
-    new ones are decoded with them, since decoders drop the space at the very beginning of a text.
+    new ones are decoded with them, since decoders drop the spaces at the very beginning of a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Iterable[SupportsIndex] = ()):
@@ -159,7 +159,7 @@ class StreamDecoder:
         certain = text.rstrip("\ufffd")
         piece = certain[self._sent :]
         self._sent = max(self._sent, len(certain))
-        if piece and certain == text:  # nothing is left over, so the newest ids are context enough
+        if piece.strip() and certain == text:  # nothing is left over, so the newest ids are context enough
             self._ids = self._ids[self._old :]
             self._old, self._sent = len(self._ids), len(self._decode(self._ids))
         return piece
@@ -180,7 +180,7 @@ def read_model(path: str | Path) -> bytes:
     except FileNotFoundError:
         raise DataError(f"{path}: no such tokenizer file") from None
     except OSError as e:
-        raise DataError(f"{path}: tokenizer file cannot be read ({e.strerror}); give a file that you may read") from None
+        raise DataError(f"{path}: tokenizer file cannot be read ({e.strerror}); give one that you may read") from None
     if not data:
         raise DataError(f"{path}: the tokenizer file is empty; fetch it again")
     return data

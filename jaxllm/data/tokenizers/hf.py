@@ -103,5 +103,5 @@ def _named_beside(path: Path) -> dict[str, str]:
 def _parsed(data: bytes, where: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_buffer(data)
-    except Exception as e:  # the library raises a bare Exception for some files
+    except ValueError as e:
         raise DataError(f"{where}: not a Hugging Face tokenizer.json, or a truncated one ({e})") from None

@@ -84,9 +84,7 @@ class Tiktoken(Tokenizer):
         )
         self._ranks, self._tokens = ranks, {i: token for token, i in ranks.items()}
         size = max(*self._tokens, *special.values()) + 1
-        super().__init__(
-            spec, data, size=size, special=special, bos=encoding.bos, eos=encoding.eos, pad=encoding.pad
-        )
+        super().__init__(spec, data, size=size, special=special, bos=encoding.bos, eos=encoding.eos, pad=encoding.pad)
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         parts = [list(_cut_spaces(text)) for text in texts]
@@ -106,7 +104,7 @@ _MANY_SPACES = re.compile(rf"(?<!\s)\s{{{_SPACES_AT_ONCE + 1},}}")
 
 
 def _cut_spaces(text: str) -> Iterator[str]:
-    """`text` in pieces, cut only inside stretches of over 100,000 spaces: at a million the library's regex overflows."""
+    """`text` in pieces, cut only in stretches of over 100,000 spaces: at a million the library's regex overflows."""
     start = 0
     if len(text) > _SPACES_AT_ONCE:
         for run in _MANY_SPACES.finditer(text):

@@ -68,9 +68,7 @@ def _wordpiece(cfg: config.TrainWordPiece, sample: list[str]) -> HuggingFace:
         model = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
         model.normalizer = normalizers.BertNormalizer(lowercase=cfg.lowercase)
         model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=size, min_frequency=2, special_tokens=first, show_progress=False
-        )
+        trainer = trainers.WordPieceTrainer(vocab_size=size, min_frequency=2, special_tokens=first, show_progress=False)
         model.train_from_iterator(sample, trainer)
         return model
 
@@ -152,9 +150,8 @@ def _sample(texts: Iterable[str], size: float) -> list[str]:
 def _fits(cfg: config.TrainBpe | config.TrainUnigram | config.TrainWordPiece, alphabet: int, what: str) -> None:
     need = len(cfg.special) + alphabet
     if cfg.vocab < need:
-        raise ConfigError(
-            f"tokenizer.vocab={cfg.vocab} is too small for {len(cfg.special)} special tokens and {what}: at least {need}"
-        )
+        room = f"{len(cfg.special)} special tokens and {what}"
+        raise ConfigError(f"tokenizer.vocab={cfg.vocab} is too small for {room}: at least {need}")
 
 
 def _roles(special: tuple[str, ...]) -> dict[str, str]:

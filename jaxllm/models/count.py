@@ -1,0 +1,117 @@
+"""Parameters and floating-point operations of a decoder, as closed formulas of its config; needs no JAX."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxllm.core.errors import ConfigError
+from jaxllm.models.config import Attention, Block, DecoderConfig, Norm
+from jaxllm.models.masks import Coords
+
+
+class Flops(NamedTuple):
+    """Floating-point operations per token; a multiplication and an addition are two."""
+
+    forward: float
+    backward: float  # two products for each of the forward pass: gradients of both its sides
+
+    @property
+    def train(self) -> float:
+        return self.forward + self.backward
+
+
+def parameters(cfg: DecoderConfig) -> int:
+    """Elements of all weights; a tied head counts once."""
+    return sum(parts(cfg).values())
+
+
+def non_embedding(cfg: DecoderConfig) -> int:
+    """Parameters without token and position tables and without the head (Kaplan et al. 2020, arXiv:2001.08361)."""
+    tables = ("embedding", "positions", "head", "head_bias")
+    return sum(n for name, n in parts(cfg).items() if name not in tables)
+
+
+def parts(cfg: DecoderConfig) -> dict[str, int]:
+    """Parameters by part: `embedding`, `positions`, `layers.0`, ..., `final_norm`, `head`, ... in the order of use."""
+    D, V = cfg.embed, vocabulary(cfg)
+    count = {"embedding": V * D}
+    if cfg.position.kind == "learned":
+        count["positions"] = cfg.context * D
+    if cfg.embedding_norm:
+        count["embedding_norm"] = _norm(cfg.embedding_norm, D)
+    count |= {f"layers.{i}": sum(block_parts(cfg, cfg.layer(i)).values()) for i in range(cfg.num_layers)}
+    if cfg.final_norm:
+        count["final_norm"] = _norm(cfg.blocks[-1].norm, D)
+    if not cfg.tie:
+        count["head"] = D * V
+    if cfg.head_bias:
+        count["head_bias"] = V
+    return count
+
+
+def block_parts(cfg: DecoderConfig, block: Block) -> dict[str, int]:
+    """Parameters of one layer: `attention`, `ffn` (each without its norms) and `norms`."""
+    a, f, D = block.attention, block.ffn, cfg.embed
+    H, placement = cfg.head_dim(a), block.placement
+    N, K = a.num_heads * H, a.kv_heads * H
+    attention = attention_weights(cfg, a) + a.bias * (N + 2 * K) + a.out_bias * D
+    ffn = ffn_weights(cfg, block) + f.bias * ((1 + f.glu) * f.mlp + D)
+    outer = {"parallel": getattr(placement, "norms", 2), "sandwich": 4}.get(placement.kind, 2)
+    norms = outer * _norm(block.norm, D)
+    if placement.kind == "subln":
+        norms += _norm(block.norm, N) + _norm(block.norm, f.mlp)
+    if a.qk_norm:
+        norms += 2 * _norm(a.qk_norm, H)
+    return {"attention": attention, "ffn": ffn, "norms": norms}
+
+
+def attention_weights(cfg: DecoderConfig, a: Attention) -> int:
+    """Elements of the four projection matrices."""
+    return 2 * cfg.embed * cfg.head_dim(a) * (a.num_heads + a.kv_heads)
+
+
+def ffn_weights(cfg: DecoderConfig, block: Block) -> int:
+    """Elements of the two or, with a gate, three matrices."""
+    return (2 + block.ffn.glu) * cfg.embed * block.ffn.mlp
+
+
+def flops_per_token(cfg: DecoderConfig, length: int, *, causal: bool = True) -> Flops:
+    """FLOPs of matrix products per token of sequences of `length` tokens, each one document.
+
+    Each weight of a product costs 2 in the forward pass (looking up an embedding costs nothing, the head counts
+    even when tied); scores and weighted values cost 4 x heads x head_dim for every pair of query and key. Training
+    costs three times that, so with all pairs this is PaLM's 6 N + 12 L H Q T (Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B). Norms, activations and softmax are not counted, nor is recomputation: what
+    divides a measured speed is the work that the model asks for.
+
+    Args:
+      causal: counts the pairs that mask and window let see, about half of PaLM's; else the whole square, as PaLM
+        does and as attention without a kernel computes it. The first gives the lower utilisation.
+    """
+    forward = 2.0 * cfg.embed * vocabulary(cfg)
+    for i in range(cfg.num_layers):
+        block = cfg.layer(i)
+        a = block.attention
+        keys = visible_pairs(a, length) / length if causal else length
+        forward += 2 * (attention_weights(cfg, a) + ffn_weights(cfg, block)) + 4 * a.num_heads * cfg.head_dim(a) * keys
+    return Flops(forward, 2 * forward)
+
+
+def visible_pairs(a: Attention, length: int) -> int:
+    """Pairs of query and key that mask and window let see in one document of `length` tokens without a prefix."""
+    # Masks look at differences of places only: asking once for each difference is enough.
+    ahead = np.arange(1 - length, length)
+    seen = a.mask.visible(Coords(np.zeros_like(ahead), 1, False), Coords(ahead, 1, False))
+    if a.window:
+        seen = seen & (-ahead < a.window)
+    return int(((seen | (ahead == 0)) * (length - abs(ahead))).sum())
+
+
+def vocabulary(cfg: DecoderConfig) -> int:
+    if cfg.vocab is None:
+        raise ConfigError("model.vocab is not set, so its parameters cannot be counted; give the number of tokens")
+    return cfg.vocab
+
+
+def _norm(norm: Norm, size: int) -> int:
+    return size * (2 if norm.kind == "layernorm" and norm.bias else 1)
