@@ -16,7 +16,7 @@ SMALL = ["schedule.warmup=5", "steps=30", "model.embed=32", "model.num_layers=2"
 def test_the_quickstart_ends_with_bits_per_byte_beside_a_bigram_and_a_completion(tmp_path):
     def python(*argv: str) -> str:
         env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-        done = subprocess.run([sys.executable, *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *argv], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

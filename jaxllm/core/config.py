@@ -157,7 +157,7 @@ def fields(schema: type[Config], prefix: str = "", _above: tuple[type, ...] = ()
                     yield f._replace(path=f.path + (f"  ({_kind(t)})" if len(kinds) > 1 and "  (" not in f.path else ""))
 
 
-def _set(tree: dict, keys: list[str], value: Any) -> dict:
+def _set(tree: Any, keys: list[str], value: Any) -> Any:
     """A copy of `tree` with the value at `keys`; a new `kind` clears the block it names."""
     key, rest = keys[0], keys[1:]
     if isinstance(tree, list):

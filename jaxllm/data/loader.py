@@ -46,7 +46,8 @@ class Rows:
 
     def __init__(self, prepared: Prepared, seed: int, weights: Weights | None = None):
         self.prepared = prepared
-        weights = _checked(dict(sorted(dict(weights or prepared.manifest["mixture"]).items())), prepared)
+        chosen = _checked(dict(weights), prepared) if weights else prepared.manifest["mixture"]
+        weights = dict(sorted(chosen.items()))  # in whatever order they were given: the same rows
         self.tasks = tuple(weights)
         self._schedule = schedule([max(1, round(w / sum(weights.values()) * 2**40)) for w in weights.values()])
         self._shards = [_Shards(prepared, task, "train") for task in self.tasks]

@@ -113,7 +113,7 @@ def generate(
     """
     assert stream or not (stop or show), "text needs a decoder"
     _check(model.cfg, prompts, max_new_tokens)
-    rows = [_Row(stream and stream(prompt), eos_id, stop) for _ in prompts]
+    rows = [_Row(stream and stream(prompt), eos_id, stop) for prompt in prompts]
     graphdef, params = split(model)
     length = bucket(max(map(len, prompts)))
     tokens_BT = np.array([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], np.int32)

@@ -29,7 +29,11 @@ def folder(tmp_path_factory):
         text = "".join(f"{LETTERS[name] * (i % 7 + 1)}{i}{LETTERS[name]}\n" for i in range(lines))
         (root / f"{name}.txt").write_text(text)
     tasks = [
-        {"name": name, "weight": weight, "source": {"kind": "text", "files": [f"{root}/{name}.txt"], "document": "line"}}
+        {
+            "name": name,
+            "weight": weight,
+            "source": {"kind": "text", "files": [f"{root}/{name}.txt"], "document": "line"},
+        }
         for name, weight in (("few", 1.0), ("some", 2.0), ("many", 5.0))
     ]
     cfg = PrepareConfig.model_validate(
@@ -122,7 +126,9 @@ def test_an_epoch_holds_each_row_once_in_an_order_of_its_own(task, prepared):
 def test_the_order_of_rows_does_not_change_between_versions(prepared):
     """Golden: a run that is resumed under a later version must meet the rows it would have met."""
     rows = Rows(prepared, 0)
-    assert [rows.locate(r) for r in range(8)] == []
+    many, some, few = ([rows.locate(r)[1] for r in range(8) if rows.locate(r)[0] == t] for t in ("many", "some", "few"))
+    assert [rows.locate(r)[0][0] for r in range(8)] == list("msmfmmsm")
+    assert (many, some, few) == ([34, 79, 69, 67, 17], [30, 19], [5])
 
 
 def test_any_1000_rows_hold_the_mixture_and_any_task_passes_its_rows_evenly(prepared):
@@ -163,17 +169,18 @@ def test_weights_that_mean_nothing_are_refused(weights, said, prepared):
         Rows(prepared, 0, weights)
 
 
-def test_held_out_rows_are_all_there_in_order_and_their_first_are_of_every_task(prepared):
+def test_held_out_rows_are_all_there_in_order_and_the_first_are_of_all_tasks_in_proportion(prepared):
     rows = validation_rows(prepared)
     counted = {name: task["validation"] for name, task in prepared.manifest["tasks"].items()}
     assert len(rows) == sum(c["rows"] for c in counted.values())
     assert Counter(task_of(row) for row in rows) == {name: c["rows"] for name, c in counted.items()}
     assert sum(int(row["bytes"]) for row in rows) == sum(c["bytes"] for c in counted.values())
-    few = validation_rows(prepared, 14)
-    assert len(few) == 14
-    for a, b in zip(few, rows, strict=False):
+    first = validation_rows(prepared, 10)
+    assert len(first) == 10
+    for a, b in zip(first, rows, strict=False):
         assert_same(a, b)
-    assert {task_of(row) for row in few} == set(LETTERS)
+    came = Counter(task_of(row) for row in first)
+    assert all(abs(came[name] - 10 * c["rows"] / len(rows)) <= 1 for name, c in counted.items())
     assert len(validation_rows(prepared, 10**6)) == len(rows)
 
 
@@ -259,7 +266,9 @@ def test_missing_and_short_shards_are_named(copy):
     (copy / "shards/few-train-00000.array_record").unlink()
     short = copy / "shards/many-train-00001.array_record"
     short.write_bytes(short.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"few-train-00000.array_record is missing; .*many-train-00001.* bytes in place of"):
+    with pytest.raises(
+        DataError, match=r"few-train-00000.array_record is missing; .*many-train-00001.* bytes in place of"
+    ):
         open_prepared(copy)
 
 
@@ -284,5 +293,5 @@ assert not {{"jax", "grain"}} & sys.modules.keys()
 next(batches(Rows(prepared, 0), 0, lambda k: (8 * k, 8)))
 assert not {{"tensorflow", "seqio", "torch"}} & sys.modules.keys()
 """
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

@@ -15,7 +15,9 @@ from jaxllm.data.rows import decode, encode
 FIRST = 99_999  # stands for BOS and occurs in no document
 
 DOCUMENTS = st.lists(
-    st.tuples(st.lists(st.integers(0, 70_000), max_size=40).map(lambda ids: np.array(ids, np.int32)), st.integers(0, 300)),
+    st.tuples(
+        st.lists(st.integers(0, 70_000), max_size=40).map(lambda ids: np.array(ids, np.int32)), st.integers(0, 300)
+    ),
     min_size=1,
     max_size=20,
 )
@@ -122,7 +124,9 @@ def test_a_decoded_record_is_the_row(documents, length, weighted, started, rando
         if weighted:
             row["weights"] = np.array([random.random() * (w > 0) for w in row["weights"]], np.float32)
         if started:
-            row["positions"] = row["positions"] + np.where(row["documents"] > 0, row["documents"] * 3, 0).astype(np.int32)
+            row["positions"] = row["positions"] + np.where(row["documents"] > 0, row["documents"] * 3, 0).astype(
+                np.int32
+            )
         again = decode(encode(row), length)
         assert again.keys() == row.keys()
         for name, array in row.items():

@@ -1,5 +1,6 @@
 """The byte-bigram baseline against a slow, obvious one."""
 
+import itertools
 import math
 from collections import Counter, defaultdict
 
@@ -43,7 +44,7 @@ def test_every_context_has_a_distribution_without_zeros(texts):
 @given(st.binary(min_size=1, max_size=50), st.lists(st.integers(0, 50)))
 def test_cutting_a_text_into_spans_counts_the_same(text, cuts):
     edges = sorted({0, len(text), *(c for c in cuts if c < len(text))})
-    parts = [(text[lo - 1] if lo else START, text[lo:hi]) for lo, hi in zip(edges, edges[1:])]
+    parts = [(text[lo - 1] if lo else START, text[lo:hi]) for lo, hi in itertools.pairwise(edges)]
     np.testing.assert_array_equal(count(iter(parts)), count(iter([(START, text)])))
 
 

@@ -68,50 +68,44 @@ def attentions(draw):
 
 @st.composite
 def decoders(draw):
+    """The fields of a config: the placements of a pattern are all post-norm or all pre-norm."""
     placement = draw(st.sampled_from([placements, post_placements]))
     norm = draw(st.sampled_from([RMSNorm(), LayerNorm()]))
-    num_slots = draw(st.integers(1, 3))
+    num_slots = draw(st.integers(1, 2))
     pattern = tuple(
         Block(norm=norm, placement=draw(placement), attention=draw(attentions()), ffn=FFN(mlp=8, glu=draw(st.booleans())))
         for _ in range(num_slots)
     )
-    return DecoderConfig(
+    return dict(
         vocab=V, context=32, embed=12, num_layers=num_slots + draw(st.integers(0, 2)), pattern=pattern, tie=draw(st.booleans()),
         position=draw(positions), logit_softcap=draw(st.sampled_from([None, 30.0])), dropout=Dropout(residual=0.3),
     )  # fmt: skip
 
 
 @settings(derandomize=True, max_examples=25, suppress_health_check=list(HealthCheck))
-@given(cfg=decoders(), lengths=st.tuples(st.integers(2, 6), st.integers(2, 6)), prefix=st.booleans(), seed=st.integers(0, 99))
-def test_cached_decode_of_a_padded_batch_is_the_full_forward_of_each_row_alone(cfg, lengths, prefix, seed):
-    new = 4
-    graphdef, params = split(random_model(cfg, seed))
+@given(fields=decoders(), lengths=st.tuples(st.integers(2, 6), st.integers(2, 6)), prefix=st.booleans(), seed=st.integers(0, 99))
+def test_cached_decode_of_a_padded_batch_is_the_full_forward_of_each_row_alone(fields, lengths, prefix, seed):
+    new, T = 4, max(lengths) + 1  # at least one token of padding everywhere
+    graphdef, params = split(random_model(DecoderConfig(**fields), seed))
     tokens = np.random.default_rng(seed).integers(0, V, (2, max(lengths) + new))
-    T = max(lengths) + 1  # at least one token of padding everywhere
+    padded, rest = np.zeros((2, T), np.int32), np.zeros((new, 2), np.int32)
+    for b, n in enumerate(lengths):
+        padded[b, T - n :], rest[:, b] = tokens[b, :n], tokens[b, n : n + new]
     pad_B = np.array([T - n for n in lengths], np.int32)
     prefix_B = np.array([n - 1 for n in lengths] if prefix else [0, 0], np.int32)
-    padded = np.zeros((2, T), np.int32)
-    for b, n in enumerate(lengths):
-        padded[b, T - n :] = tokens[b, :n]
 
     @jax.jit
-    def cached(params):
+    def both(params, tokens, padded, rest, pad_B, prefix_B):
         model = merge(graphdef, params)
-        logits_BV, cache = model.prefill(jnp.array(padded), jnp.array(pad_B), capacity=T + new, prefix_len_B=jnp.array(prefix_B))
-        fed = jnp.array([[tokens[b, n + i] for b, n in enumerate(lengths)] for i in range(new)], jnp.int32)
-        _, after = jax.lax.scan(lambda cache, t: model.decode(t, cache)[::-1], cache, fed)
-        return jnp.concatenate([logits_BV[None], after])
+        first_BV, cache = model.prefill(padded, pad_B, capacity=T + new, prefix_len_B=prefix_B)
+        _, after = jax.lax.scan(lambda cache, t: model.decode(t, cache)[::-1], cache, rest)
+        here = jnp.arange(tokens.shape[1])[None] + 0 * tokens  # what follows a row's tokens changes nothing before it
+        full = model(tokens, here, jnp.ones_like(here), prefix_BT=here < prefix_B[:, None])
+        return jnp.concatenate([first_BV[None], after]), full
 
-    @jax.jit
-    def full(params, tokens_T, n_prefix):  # what follows the last real token changes nothing before it
-        T = len(tokens_T)
-        here = jnp.arange(T)[None]
-        return merge(graphdef, params)(tokens_T[None], here, jnp.ones((1, T), jnp.int32), prefix_BT=here < n_prefix)[0]
-
-    got = cached(params)
+    cached, full = both(params, *(jnp.array(x, jnp.int32) for x in (tokens, padded, rest, pad_B, prefix_B)))
     for b, n in enumerate(lengths):
-        alone = full(params, jnp.array(tokens[b], jnp.int32), jnp.int32(prefix_B[b]))
-        np.testing.assert_allclose(got[:, b], alone[n - 1 : n + new], atol=1e-4)
+        np.testing.assert_allclose(cached[:, b], full[b, n - 1 : n + new], atol=1e-4)
 
 
 # --- what is chosen ----------------------------------------------------------------------------------------------
@@ -134,7 +128,7 @@ def follow(model, prompt, count):
     return tuple(tokens[len(prompt) :]), chosen
 
 
-PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 6], [7] * 19, [2, 6]]
+PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 6], [7] * 19, [2, 6]]  # 20 tokens more are of one bucket whatever they are with
 
 
 def test_greedy_is_the_argmax_of_repeated_full_forwards():
@@ -147,13 +141,13 @@ def test_greedy_is_the_argmax_of_repeated_full_forwards():
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: f"{s.kind}{s.repetition_penalty}")
 def test_a_row_is_completed_alike_alone_in_a_batch_and_anywhere_in_it(sampling):
     ask = functools.partial(generate, tiny(), max_new_tokens=20, sampling=sampling)
-    together, backwards = ask(PROMPTS[:3]), ask(PROMPTS[:3][::-1])[::-1]
+    together, backwards = ask(PROMPTS), ask(PROMPTS[2::-1] + PROMPTS[3:])[2::-1]
     alone = [ask([prompt])[0] for prompt in PROMPTS[:3]]
-    assert [c.tokens for c in together] == [c.tokens for c in backwards] == [c.tokens for c in alone]
+    assert [c.tokens for c in together[:3]] == [c.tokens for c in backwards] == [c.tokens for c in alone]
 
 
 def test_a_seed_gives_the_same_draws_again_and_another_seed_others():
-    ask = functools.partial(generate, tiny(), PROMPTS, max_new_tokens=12, sampling=Sample(temperature=2.0))
+    ask = functools.partial(generate, tiny(), PROMPTS, max_new_tokens=20, sampling=Sample())
     assert ask(seed=1) == ask(seed=1) != ask(seed=2)
     assert ask()[1].tokens != ask()[3].tokens  # the same prompt twice: two draws
 
@@ -216,20 +210,20 @@ def spell(tokens):
 
 
 def test_the_end_token_ends_a_row_and_the_others_go_on():
-    free = generate(tiny(), PROMPTS[:3], max_new_tokens=40, sampling=Sample(), seed=3)
+    free = generate(tiny(), PROMPTS, max_new_tokens=20, sampling=Sample(), seed=3)
     eos = free[0].tokens[9]
-    ended = generate(tiny(), PROMPTS[:3], max_new_tokens=40, sampling=Sample(), seed=3, eos_id=eos)
+    ended = generate(tiny(), PROMPTS, max_new_tokens=20, sampling=Sample(), seed=3, eos_id=eos)
     for was, now in zip(free, ended, strict=True):
-        n = was.tokens.index(eos) + 1 if eos in was.tokens else 40
+        n = was.tokens.index(eos) + 1 if eos in was.tokens else 20
         assert now.tokens == was.tokens[:n] and now.logprobs == pytest.approx(was.logprobs[:n], abs=1e-5)
         assert now.finish == ("eos" if eos in was.tokens else "length")
 
 
 def test_a_stop_text_that_spans_tokens_cuts_the_text_before_it():
-    ask = functools.partial(generate, tiny(), [[3, 1, 4]], max_new_tokens=40, sampling=Sample(temperature=1.5), stream=Spelled)
+    ask = functools.partial(generate, tiny(), [[3, 1, 4]], max_new_tokens=20, sampling=Sample(), stream=Spelled)
     [free] = ask()
     assert free.text == spell(free.tokens) and free.finish == "length"
-    stop = free.text[10:15]
+    stop = free.text[8:13]
     [cut] = ask(stop=("never said", stop))
     assert cut.text == free.text[: free.text.index(stop)] and cut.finish == "stop"
     n = len(cut.tokens)  # with the token that completes the stop text, none after
@@ -239,7 +233,7 @@ def test_a_stop_text_that_spans_tokens_cuts_the_text_before_it():
 @pytest.mark.parametrize("stop", [(), ("q", "ab", "ca"), ("never said",)], ids=str)
 def test_streamed_pieces_join_to_the_text(stop):
     ask = functools.partial(
-        generate, tiny(), PROMPTS, max_new_tokens=30, sampling=Sample(temperature=2.0), stream=Spelled, stop=stop, eos_id=1
+        generate, tiny(), PROMPTS, max_new_tokens=20, sampling=Sample(), stream=Spelled, stop=stop, eos_id=1
     )
     shown = [[] for _ in PROMPTS]
     streamed = ask(show=lambda row, piece: shown[row].append(piece))
