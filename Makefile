@@ -35,7 +35,8 @@ clean:
 
 # --- the environment -----------------------------------------------------------------------------------------------
 
-# uv resolves and installs many times faster than pip. It is told what pip is told, by files or PIP_* variables.
+# uv resolves and installs many times faster than pip. It is told what pip is told, by files or PIP_* variables; like
+# pip it compiles modules now rather than at every start, where PYTHONDONTWRITEBYTECODE is set.
 pip_says = $(shell $(PY) -m pip config list | sed -n "s/^[^=]*\.$(1)='\(.*\)'$$/\1/p" | head -n 1 | sed 's/\\n/ /g')
 comma := ,
 empty :=
@@ -44,7 +45,7 @@ UV = UV_FIND_LINKS="$${UV_FIND_LINKS:-$(subst $(space),$(comma),$(strip $(call p
 	UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$(call pip_says,index-url)}" \
 	UV_INDEX="$${UV_INDEX:-$(call pip_says,extra-index-url)}" \
 	UV_INDEX_STRATEGY="$${UV_INDEX_STRATEGY:-unsafe-best-match}" \
-	$(VENV)/bin/uv pip install --python $(PY) -c constraints.txt
+	$(VENV)/bin/uv pip install --compile-bytecode --python $(PY) -c constraints.txt
 PIP = $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 # Called in a recipe; $(1) is what to install.

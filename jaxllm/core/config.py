@@ -149,7 +149,7 @@ def fields(schema: type[Config], prefix: str = "", _above: tuple[type, ...] = ()
         kinds = [_kind(t) for t in nested if _kind(t)]
         yield FieldDoc(path, " | ".join(kinds) or nested[0].__name__, default, docs.get(name, ""))
         for t in nested:
-            inner = f"{path}[].".replace("[]", "[]" if _is_tuple(field.annotation) else "")
+            inner = f"{path}[]." if _is_tuple(field.annotation) else f"{path}."
             if t is schema or t in _above:  # a mask of masks names itself: once is enough
                 continue
             for f in fields(t, inner, (*_above, schema)):

@@ -254,6 +254,14 @@ def load_params(
     return Weights({n.removeprefix("params/"): x for n, x in leaves.items()}, cfg, record["meta"], path)
 
 
+def stored_model(folder: Path) -> DecoderConfig:
+    """The model config of the newest checkpoint, without reading its weights. Raises CheckpointError if there is none."""
+    for path in _checkpoints(folder):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: the one before it will be used
+            return parse(_Record, {"model": json.loads((path / "meta.json").read_bytes())["model"]}, name=str(path)).model
+    raise CheckpointError(f"{folder}: no checkpoint here; expected a run folder, its checkpoints/, or one checkpoint")
+
+
 class _Record(Config):
     model: Model
 

@@ -21,7 +21,7 @@ from jaxllm.data.loader import Prepared, Rows, batches, open_prepared, validatio
 from jaxllm.models.count import flops_per_token
 from jaxllm.models.module import Params
 from jaxllm.models.resize import resize_vocabulary
-from jaxllm.train.checkpoint import Checkpointer, load_params, restore
+from jaxllm.train.checkpoint import Checkpointer, load_params, restore, stored_model
 from jaxllm.train.config import RunConfig
 from jaxllm.train.evaluate import evaluate
 from jaxllm.train.run_folder import open_run
@@ -79,7 +79,7 @@ def train(cfg: RunConfig) -> Result:
         abstract_batch(setup, rows // cfg.accumulate, prepared.length)
     rows = Rows(prepared, cfg.seed, cfg.data.weights or None)
     fresh = not list(Path(cfg.out).glob("checkpoints/*"))
-    initial = initial_weights(cfg) if cfg.initial and fresh else None
+    initial = initial_weights(cfg, setup) if cfg.initial and fresh else None
     with open_run(cfg, prepared.hash) as folder:
         return Loop(cfg, setup, rows, folder, initial).run()
 
@@ -106,14 +106,17 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def initial_weights(cfg: RunConfig) -> Params:
-    """The weights that `cfg.initial` names, with rows for the vocabulary of this run."""
-    weights = load_params(Path(cfg.initial))
-    params, model = resize_vocabulary(weights.params, weights.model_cfg, cfg.model.vocab)
-    may_differ = {"context": cfg.model.context, "dropout": cfg.model.dropout, "init": cfg.model.init}
-    if model.model_copy(update=may_differ) != cfg.model:
-        raise ConfigError(f"initial={cfg.initial} holds another model than `model:` asks for; make `model:` agree with its config.yaml")
-    return params
+def initial_weights(cfg: RunConfig, setup: Setup) -> Params:
+    """The weights that `cfg.initial` names, in their shards, with rows for the vocabulary of this run."""
+    folder, wanted = Path(cfg.initial), cfg.model
+    stored = stored_model(folder)
+    may_differ = {name: getattr(wanted, name) for name in ("vocab", "context", "dropout", "init")}
+    if stored.model_copy(update=may_differ) != wanted:
+        raise ConfigError(f"initial={folder} holds another model than `model:` asks for; make `model:` agree with its config.yaml")
+    if stored.vocab == wanted.vocab:
+        return load_params(folder, wanted, like=setup.state.params).params
+    params, _ = resize_vocabulary(load_params(folder).params, stored, wanted.vocab)
+    return jax.device_put(params, jax.tree.map(lambda x: x.sharding, setup.state.params))
 
 
 class Loop:
