@@ -22,8 +22,8 @@ def resize_vocabulary(params: Params, cfg: DecoderConfig, new_vocab: int) -> tup
     old = params["embedding"].shape[0]
     if new_vocab < old:
         raise ConfigError(
-            f"model.vocab={new_vocab} is fewer than the {old} tokens of the weights, and tokens in use cannot be dropped; "
-            f"give {old} or more"
+            f"model.vocab={new_vocab} is fewer than the {old} tokens of the weights, and tokens in use cannot be "
+            f"dropped; give {old} or more"
         )
     resized = {name: _grow(params[name], new_vocab, axis) for name, axis in VOCAB_AXIS.items() if name in params}
     return params | resized, cfg.model_copy(update={"vocab": new_vocab})

@@ -22,7 +22,8 @@ ATTENTION = st.fixed_dictionaries({
     "window": st.none() | st.integers(1, 9),
 })  # fmt: skip
 FFN = st.fixed_dictionaries({
-    "mlp": st.integers(1, 40), "glu": st.booleans(), "bias": st.booleans(), "activation": st.sampled_from(["silu", "gelu"]),
+    "mlp": st.integers(1, 40), "glu": st.booleans(), "bias": st.booleans(),
+    "activation": st.sampled_from(["silu", "gelu"]),
 })  # fmt: skip
 
 
@@ -32,7 +33,8 @@ def decoders(draw) -> DecoderConfig:
     block = {
         "norm": draw(NORMS), "attention": draw(ATTENTION), "ffn": draw(FFN),
         "placement": draw(st.sampled_from(
-            ["pre", "post", "sandwich", {"kind": "parallel", "norms": 1}, {"kind": "parallel", "norms": 2}, "subln", "deepnorm"]
+            ["pre", "post", "sandwich", {"kind": "parallel", "norms": 1},
+            {"kind": "parallel", "norms": 2}, "subln", "deepnorm"]
         )),
     }  # fmt: skip
     pattern = [{"ffn": draw(FFN), "attention": draw(ATTENTION)} for _ in range(draw(st.integers(0, 2)))]
@@ -48,7 +50,11 @@ def decoders(draw) -> DecoderConfig:
 def test_counted_parameters_are_those_of_the_built_model(cfg):
     shapes = abstract(cfg)[1]
     assert parameters(cfg) == sum(math.prod(x.shape) for x in shapes.values())
-    tables = {name: math.prod(shapes[name].shape) for name in ("embedding", "positions", "head", "head_bias") if name in shapes}
+    tables = {
+        name: math.prod(shapes[name].shape)
+        for name in ("embedding", "positions", "head", "head_bias")
+        if name in shapes
+    }
     assert {name: n for name, n in parts(cfg).items() if name in tables} == tables
     assert non_embedding(cfg) == parameters(cfg) - sum(tables.values())
 
@@ -103,7 +109,8 @@ def test_counted_flops_are_the_compilers_within_its_elementwise_work(tree):
 def test_training_costs_what_palm_says():
     """6 N + 12 L H Q T (arXiv:2204.02311, appendix B), N the weights that multiply."""
     cfg = DecoderConfig.model_validate({
-        "vocab": 1000, "embed": 64, "num_layers": 7, "block": {"attention": {"num_heads": 4, "head_dim": 24}, "ffn": {"mlp": 96}},
+        "vocab": 1000, "embed": 64, "num_layers": 7,
+        "block": {"attention": {"num_heads": 4, "head_dim": 24}, "ffn": {"mlp": 96}},
     })  # fmt: skip
     weights = 7 * (4 * 64 * 96 + 3 * 64 * 96) + 64 * 1000
     assert flops_per_token(cfg, 128, causal=False).train == 6 * weights + 12 * 7 * 4 * 24 * 128
@@ -111,7 +118,9 @@ def test_training_costs_what_palm_says():
     assert half == 12 * 7 * 4 * 24 * 129 / 2
 
 
-@pytest.mark.parametrize("mask", [Causal(), Full(), Window(left=3, right=2), Causal() | Prefix(), Causal() & Window(left=2)])
+@pytest.mark.parametrize(
+    "mask", [Causal(), Full(), Window(left=3, right=2), Causal() | Prefix(), Causal() & Window(left=2)]
+)
 @pytest.mark.parametrize(("window", "length"), list(itertools.product([None, 1, 4], [1, 3, 9])))
 def test_pairs_are_those_that_mask_and_window_let_see(mask, window, length):
     index = np.arange(length)
@@ -136,7 +145,8 @@ def test_windows_make_long_sequences_linear():
                   "ffn": {"mlp": 3072, "glu": False, "bias": True}},
     }),
     (6_738_415_616, {  # LLaMA 7B
-        "vocab": 32000, "embed": 4096, "num_layers": 32, "block": {"attention": {"num_heads": 32}, "ffn": {"mlp": 11008}},
+        "vocab": 32000, "embed": 4096, "num_layers": 32,
+        "block": {"attention": {"num_heads": 32}, "ffn": {"mlp": 11008}},
     }),
     (8_030_261_248, {  # Llama 3 8B
         "vocab": 128256, "embed": 4096, "num_layers": 32,

@@ -24,7 +24,9 @@ LAYER_NORM = {"norm": "layernorm"}
 
 def decoder(attention: dict | None = None, block: dict | None = None, **top) -> DecoderConfig:
     block = BLOCK | (block or {}) | {"attention": {"num_heads": 2} | (attention or {})}
-    return DecoderConfig.model_validate({"vocab": V, "context": 16, "embed": 16, "num_layers": 2} | top | {"block": block})
+    return DecoderConfig.model_validate(
+        {"vocab": V, "context": 16, "embed": 16, "num_layers": 2} | top | {"block": block}
+    )
 
 
 PREFIX_LM = {"mask": {"kind": "some", "of": ["causal", "prefix"]}}
@@ -32,7 +34,9 @@ PREFIX_LM = {"mask": {"kind": "some", "of": ["causal", "prefix"]}}
 DECODERS = {
     "rope": decoder(),
     "rope_part": decoder({"num_kv_heads": 1, "qk_norm": "rmsnorm"}, {"placement": "sandwich"}, position=ROPE_PART),
-    "learned": decoder({"bias": True, "out_bias": True}, LAYER_NORM | {"placement": "post"}, position="learned", final_norm=False),
+    "learned": decoder(
+        {"bias": True, "out_bias": True}, LAYER_NORM | {"placement": "post"}, position="learned", final_norm=False
+    ),
     "sinusoidal": decoder({"softcap": 2.0}, {"placement": "deepnorm"}, position="sinusoidal", init="xavier"),
     "alibi": decoder(None, {"placement": "parallel"}, position="alibi", embedding_norm="layernorm"),
     "none": decoder(None, {"placement": {"kind": "parallel", "norms": 2}}, position="none", tie=True, head_bias=True),
@@ -213,7 +217,9 @@ def test_norms_stand_where_the_placement_puts_them(placement):
 def test_deepnorm_has_the_papers_constants():
     """Table 1 of the paper, decoder-only: alpha = (2M)^(1/4), beta = (8M)^(-1/4); M = 8: 2 and 0.3536."""
     assert (decoder(num_layers=8).deepnorm_alpha, decoder(num_layers=8).deepnorm_beta) == pytest.approx((2, 8**-0.5))
-    assert (decoder(num_layers=1250).deepnorm_alpha, decoder(num_layers=1250).deepnorm_beta) == pytest.approx((50**0.5, 0.1))
+    assert (decoder(num_layers=1250).deepnorm_alpha, decoder(num_layers=1250).deepnorm_beta) == pytest.approx(
+        (50**0.5, 0.1)
+    )
 
 
 D, F, L = 96, 160, 8  # and four query heads, two key and value heads, of 16
@@ -236,7 +242,11 @@ WEIGHTS = ["attention.w_q", "attention.w_k", "attention.w_v", "attention.w_o", "
 @pytest.mark.parametrize("scheme", INITS)
 def test_weights_start_with_the_deviation_of_their_scheme(scheme):
     init, placement, embedding, expected = INITS[scheme]
-    block = {"placement": placement, "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}, "ffn": {"mlp": F}}
+    block = {
+        "placement": placement,
+        "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16},
+        "ffn": {"mlp": F},
+    }
     cfg = DecoderConfig.model_validate({"vocab": 256, "embed": D, "num_layers": L, "init": init, "block": block})
     params = create(cfg, jax.random.key(0))
     names = ["embedding", *(f"blocks.0.{n}" for n in WEIGHTS), "head", "blocks.0.ffn.w_gate"]

@@ -44,8 +44,8 @@ def test_a_feed_forward_is_its_formula(kind, glu, bias):
         getattr(ffn, name)[...] = jnp.asarray(w[name])
     assert sorted(split(ffn)[1]) == sorted(names)
     x = rng.normal(size=(2, 3, 8)).astype(np.float32)
-    act = lambda h: np.asarray(activate(kind, jnp.asarray(h)))  # noqa: E731 (checked against torch above)
-    b = lambda name: w.get(name, 0)  # noqa: E731
+    act = lambda h: np.asarray(activate(kind, jnp.asarray(h)))
+    b = lambda name: w.get(name, 0)
     up = x @ w["w_up"] + b("b_up")
     hidden = act(x @ w["w_gate"] + b("b_gate")) * up if glu else act(up)
     np.testing.assert_allclose(ffn(jnp.asarray(x)), hidden @ w["w_down"] + b("b_down"), rtol=1e-4, atol=1e-3)

@@ -55,7 +55,9 @@ def visible(mask: Mask, documents: list[int], prefix: list[bool]) -> np.ndarray:
 
 @given(MASKS, DOCUMENTS, PREFIXES)
 def test_a_mask_is_the_set_of_pairs_its_words_say(mask, documents, prefix):
-    assert set(zip(*map(tuple, np.nonzero(visible(mask, documents, prefix))), strict=True)) == pairs(mask, documents, prefix)
+    assert set(zip(*map(tuple, np.nonzero(visible(mask, documents, prefix))), strict=True)) == pairs(
+        mask, documents, prefix
+    )
 
 
 @given(MASKS, MASKS, DOCUMENTS, PREFIXES)

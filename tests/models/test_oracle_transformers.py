@@ -70,7 +70,12 @@ def test_llama(seed):
     N, H = int(pick([2, 4])), int(pick([4, 6, 8]))
     K = int(pick([1, 2, N]))
     D, F, L = N * int(pick([6, 8])), int(pick([20, 33])), int(pick([1, 2, 3]))
-    tie, bias, theta, eps = bool(seed % 2), bool(pick(2)), float(pick([100, 10_000, 500_000])), float(pick([1e-6, 1e-3]))
+    tie, bias, theta, eps = (
+        bool(seed % 2),
+        bool(pick(2)),
+        float(pick([100, 10_000, 500_000])),
+        float(pick([1e-6, 1e-3])),
+    )
     act = "silu" if seed < 4 else str(pick(["gelu", "relu", "gelu_new"]))
     model = randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N,
@@ -79,7 +84,8 @@ def test_llama(seed):
         attention_bias=bias, mlp_bias=bias,
     )), seed)  # fmt: skip
     cfg = DecoderConfig.model_validate({
-        "vocab": V, "context": 64, "embed": D, "num_layers": L, "tie": tie, "position": {"kind": "rope", "theta": theta},
+        "vocab": V, "context": 64, "embed": D, "num_layers": L, "tie": tie,
+        "position": {"kind": "rope", "theta": theta},
         "block": {
             "norm": {"kind": "rmsnorm", "epsilon": eps}, "ffn": {"mlp": F, "activation": GELU[act], "bias": bias},
             "attention": {"num_heads": N, "num_kv_heads": K, "head_dim": H, "bias": bias, "out_bias": bias},
@@ -92,28 +98,47 @@ def test_llama(seed):
     for i in range(L):
         p, to = f"model.layers.{i}.", f"layers.{i}."
         logical |= named(
-            to, attention__w_q=heads(w(p + "self_attn.q_proj.weight"), N), attention__w_k=heads(w(p + "self_attn.k_proj.weight"), K),
-            attention__w_v=heads(w(p + "self_attn.v_proj.weight"), K), attention__w_o=out(w(p + "self_attn.o_proj.weight"), N),
-            ffn__w_gate=w(p + "mlp.gate_proj.weight").T, ffn__w_up=w(p + "mlp.up_proj.weight").T,
-            ffn__w_down=w(p + "mlp.down_proj.weight").T, norm_attention__scale=w(p + "input_layernorm.weight"),
+            to,
+            attention__w_q=heads(w(p + "self_attn.q_proj.weight"), N),
+            attention__w_k=heads(w(p + "self_attn.k_proj.weight"), K),
+            attention__w_v=heads(w(p + "self_attn.v_proj.weight"), K),
+            attention__w_o=out(w(p + "self_attn.o_proj.weight"), N),
+            ffn__w_gate=w(p + "mlp.gate_proj.weight").T,
+            ffn__w_up=w(p + "mlp.up_proj.weight").T,
+            ffn__w_down=w(p + "mlp.down_proj.weight").T,
+            norm_attention__scale=w(p + "input_layernorm.weight"),
             norm_ffn__scale=w(p + "post_attention_layernorm.weight"),
-        )  # fmt: skip
+        )
         if bias:
             logical |= named(
-                to, attention__b_q=w(p + "self_attn.q_proj.bias").reshape(N, -1), attention__b_k=w(p + "self_attn.k_proj.bias").reshape(K, -1),
-                attention__b_v=w(p + "self_attn.v_proj.bias").reshape(K, -1), attention__b_o=w(p + "self_attn.o_proj.bias"),
-                ffn__b_gate=w(p + "mlp.gate_proj.bias"), ffn__b_up=w(p + "mlp.up_proj.bias"), ffn__b_down=w(p + "mlp.down_proj.bias"),
-            )  # fmt: skip
+                to,
+                attention__b_q=w(p + "self_attn.q_proj.bias").reshape(N, -1),
+                attention__b_k=w(p + "self_attn.k_proj.bias").reshape(K, -1),
+                attention__b_v=w(p + "self_attn.v_proj.bias").reshape(K, -1),
+                attention__b_o=w(p + "self_attn.o_proj.bias"),
+                ffn__b_gate=w(p + "mlp.gate_proj.bias"),
+                ffn__b_up=w(p + "mlp.up_proj.bias"),
+                ffn__b_down=w(p + "mlp.down_proj.bias"),
+            )
     assert_same_logits(model, cfg, logical)
 
 
 def layer_norms(w, **names: str) -> dict:
-    return {f"{ours}.{part}": w(f"{theirs}.{end}") for ours, theirs in names.items() for part, end in (("scale", "weight"), ("bias", "bias"))}
+    return {
+        f"{ours}.{part}": w(f"{theirs}.{end}")
+        for ours, theirs in names.items()
+        for part, end in (("scale", "weight"), ("bias", "bias"))
+    }
 
 
 def plain_ffn(w, up: str, down: str, transpose: bool = True) -> dict:
     turn = np.transpose if transpose else np.asarray
-    return {"ffn.w_up": turn(w(up + ".weight")), "ffn.b_up": w(up + ".bias"), "ffn.w_down": turn(w(down + ".weight")), "ffn.b_down": w(down + ".bias")}
+    return {
+        "ffn.w_up": turn(w(up + ".weight")),
+        "ffn.b_up": w(up + ".bias"),
+        "ffn.w_down": turn(w(down + ".weight")),
+        "ffn.b_down": w(down + ".bias"),
+    }
 
 
 def fused(w, name: str, n: int) -> dict:
@@ -143,7 +168,8 @@ def test_gpt2(seed):
     cfg = DecoderConfig.model_validate({
         "vocab": V, "context": 32, "embed": D, "num_layers": L, "tie": tie, "position": "learned",
         "block": {
-            "norm": {"kind": "layernorm", "epsilon": eps}, "ffn": {"mlp": F, "activation": GELU[act], "glu": False, "bias": True},
+            "norm": {"kind": "layernorm", "epsilon": eps},
+            "ffn": {"mlp": F, "activation": GELU[act], "glu": False, "bias": True},
             "attention": {"num_heads": N, "bias": True, "out_bias": True},
         },
     })  # fmt: skip
@@ -155,7 +181,10 @@ def test_gpt2(seed):
         return (
             {f"attention.w_{x}": qkv[j].reshape(D, N, -1) for j, x in enumerate("qkv")}
             | {f"attention.b_{x}": bias[j].reshape(N, -1) for j, x in enumerate("qkv")}
-            | {"attention.w_o": w(p + "attn.c_proj.weight").reshape(N, -1, D), "attention.b_o": w(p + "attn.c_proj.bias")}
+            | {
+                "attention.w_o": w(p + "attn.c_proj.weight").reshape(N, -1, D),
+                "attention.b_o": w(p + "attn.c_proj.bias"),
+            }
             | plain_ffn(w, p + "mlp.c_fc", p + "mlp.c_proj", transpose=False)
             | layer_norms(w, norm_attention=p + "ln_1", norm_ffn=p + "ln_2")
         )
@@ -186,7 +215,8 @@ def test_gpt_neox(seed, fraction, norms):
     def layer(i):
         p = f"gpt_neox.layers.{i}."
         return (
-            fused(w, p + "attention.query_key_value", N) | plain_ffn(w, p + "mlp.dense_h_to_4h", p + "mlp.dense_4h_to_h")
+            fused(w, p + "attention.query_key_value", N)
+            | plain_ffn(w, p + "mlp.dense_h_to_4h", p + "mlp.dense_4h_to_h")
             | {"attention.w_o": out(w(p + "attention.dense.weight"), N), "attention.b_o": w(p + "attention.dense.bias")}
             | layer_norms(w, norm_attention=p + "input_layernorm", norm_ffn=p + "post_attention_layernorm")
         )  # fmt: skip
@@ -214,8 +244,10 @@ def test_bloom(seed, num_heads):
     def layer(i):
         p = f"transformer.h.{i}."
         return (
-            fused(w, p + "self_attention.query_key_value", N) | plain_ffn(w, p + "mlp.dense_h_to_4h", p + "mlp.dense_4h_to_h")
-            | {"attention.w_o": out(w(p + "self_attention.dense.weight"), N), "attention.b_o": w(p + "self_attention.dense.bias")}
+            fused(w, p + "self_attention.query_key_value", N)
+            | plain_ffn(w, p + "mlp.dense_h_to_4h", p + "mlp.dense_4h_to_h")
+            | {"attention.w_o": out(w(p + "self_attention.dense.weight"), N),
+               "attention.b_o": w(p + "self_attention.dense.bias")}
             | layer_norms(w, norm_attention=p + "input_layernorm", norm_ffn=p + "post_attention_layernorm")
         )  # fmt: skip
 
@@ -261,7 +293,8 @@ def test_gemma2(seed, num_layers):
         final_logit_softcapping=3.0, attn_logit_softcapping=2.0, attn_implementation="eager",
     )), seed)  # fmt: skip
     cfg = DecoderConfig.model_validate({
-        "vocab": V, "context": 64, "embed": D, "num_layers": L, "tie": True, "embed_scale": D**0.5, "logit_softcap": 3.0,
+        "vocab": V, "context": 64, "embed": D, "num_layers": L, "tie": True,
+        "embed_scale": D**0.5, "logit_softcap": 3.0,
         "block": {
             "norm": {"kind": "rmsnorm", "unit_offset": True}, "placement": "sandwich",
             "ffn": {"mlp": F, "activation": "gelu_tanh"},
@@ -278,7 +311,8 @@ def test_gemma2(seed, num_layers):
             "norm_ffn": "pre_feedforward_layernorm", "post_ffn": "post_feedforward_layernorm",
         }  # fmt: skip
         return (
-            {f"attention.w_{x}": heads(w(f"{p}self_attn.{x}_proj.weight"), n) for x, n in zip("qkv", (N, K, K), strict=True)}
+            {f"attention.w_{x}": heads(w(f"{p}self_attn.{x}_proj.weight"), n)
+               for x, n in zip("qkv", (N, K, K), strict=True)}
             | {"attention.w_o": out(w(p + "self_attn.o_proj.weight"), N)}
             | {f"ffn.w_{x}": w(f"{p}mlp.{x}_proj.weight").T for x in ("gate", "up", "down")}
             | {f"{ours}.scale": w(f"{p}{theirs}.weight") for ours, theirs in norms.items()}

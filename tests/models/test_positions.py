@@ -74,4 +74,6 @@ def test_sinusoids_are_the_papers_formula(embed):
 
 def test_positions_of_far_tokens_are_exact_to_float32():
     """At 131071 the fastest pair has turned 20860 times: an angle computed in less than float32 would be noise."""
-    np.testing.assert_allclose(rotation(RoPE(), jnp.array([[131_071]], jnp.int32), H).sin_BTR[0, 0, 0], np.sin(131_071), atol=1e-4)
+    np.testing.assert_allclose(
+        rotation(RoPE(), jnp.array([[131_071]], jnp.int32), H).sin_BTR[0, 0, 0], np.sin(131_071), atol=1e-4
+    )

@@ -14,7 +14,13 @@ POSITIONS = jnp.broadcast_to(jnp.arange(6), (2, 6))
 
 
 def made(**choices) -> tuple[dict, DecoderConfig]:
-    tree = {"vocab": OLD, "context": 8, "embed": 16, "num_layers": 1, "block": {"attention": {"num_heads": 2}, "ffn": {"mlp": 8}}}
+    tree = {
+        "vocab": OLD,
+        "context": 8,
+        "embed": 16,
+        "num_layers": 1,
+        "block": {"attention": {"num_heads": 2}, "ffn": {"mlp": 8}},
+    }
     cfg = DecoderConfig.model_validate(tree | choices)
     params = create(cfg, jax.random.key(0))
     if cfg.head_bias:
@@ -44,7 +50,9 @@ def test_old_tokens_keep_their_weights_to_the_bit_and_their_logits(choices):
 def test_new_tokens_are_the_mean_of_the_old_and_at_most_that_likely(choices):
     params, cfg = made(**choices)
     larger, larger_cfg = resize_vocabulary(params, cfg, NEW)
-    np.testing.assert_allclose(larger["embedding"][OLD:], np.tile(params["embedding"].mean(0), (NEW - OLD, 1)), atol=1e-6)
+    np.testing.assert_allclose(
+        larger["embedding"][OLD:], np.tile(params["embedding"].mean(0), (NEW - OLD, 1)), atol=1e-6
+    )
     new, old = logits(larger, larger_cfg)[..., OLD:], logits(params, cfg)
     np.testing.assert_allclose(new, np.broadcast_to(old.mean(-1, keepdims=True), new.shape), atol=1e-5)
     # Jensen: exp of the mean logit is at most the mean of the exps.

@@ -87,3 +87,9 @@ def test_the_gradient_is_softmax_minus_target():
     grad = jax.grad(lambda x: next_token(NextToken(), model_of(x), data).total)(logits)
     expected = (jax.nn.softmax(logits) - jax.nn.one_hot(data["targets"], V)) * data["weights"][..., None]
     np.testing.assert_allclose(grad, expected, atol=1e-6)
+
+
+def test_a_model_that_knows_nothing_loses_the_log_of_the_vocabulary():
+    data = batch()
+    loss = next_token(NextToken(), model_of(jnp.zeros((*data["tokens"].shape, V))), data)
+    np.testing.assert_allclose(loss.total / loss.weight, np.log(V), rtol=1e-6)

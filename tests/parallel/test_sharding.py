@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +10,8 @@ from jaxllm.core.config import dump, parse
 from jaxllm.core.errors import ConfigError
 from jaxllm.parallel.config import ACTIVATIONS, FSDP, TENSOR, Mesh, Rules, Sharding
 from jaxllm.parallel.sharding import fitting, make_mesh, placement, sharding
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_an_axis_no_rule_knows_is_refused_with_the_known_ones():
@@ -89,3 +94,9 @@ def test_activations_are_placed_only_inside_a_run():
     placed = jax.jit(inside)(x)
     assert placed.sharding.is_equivalent_to(sharding(mesh, ACTIVATIONS, ("batch", "seq", "mlp")), 3)
     assert placed.addressable_shards[0].data.shape == (2, 2, 4)
+
+
+def test_models_name_no_mesh_axis():
+    named = re.compile(r"""["'](data|fsdp|tensor)["']""")
+    for file in (ROOT / "jaxllm" / "models").rglob("*.py"):
+        assert not named.search(file.read_text()), file
