@@ -2,8 +2,8 @@
 
 import functools
 import sys
+from io import TextIOBase
 from pathlib import Path
-from typing import TextIO
 
 from jaxllm.core.errors import CheckpointError
 from jaxllm.data import tokenizers
@@ -14,7 +14,7 @@ from jaxllm.models.module import abstract, merge
 from jaxllm.train.checkpoint import load_params
 
 
-def run(cfg: GenerateConfig, out: TextIO | None = None) -> list[Completion]:
+def run(cfg: GenerateConfig, out: TextIOBase | None = None) -> list[Completion]:
     """Writes each prompt with its completion to `out` (None: stdout), a single one as it comes if `cfg.stream`.
 
     Raises:

@@ -45,6 +45,7 @@ def union(*kinds: type[Config]) -> Any:
 
 
 def kind_alone(value: Any) -> Any:
+    """The block that a bare kind stands for."""
     return {"kind": value} if isinstance(value, str) else value
 
 
@@ -100,7 +101,7 @@ def read_tree(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of names to values, got {type(tree).__name__}")
     base = tree.pop("base", None)
-    return _merge(read_tree(path.parent / base, (*_seen, path.resolve())), tree) if base else tree
+    return merge(read_tree(path.parent / base, (*_seen, path.resolve())), tree) if base else tree
 
 
 def dump(cfg: Config) -> str:
@@ -180,14 +181,13 @@ def _set(tree: Any, keys: list[str], value: Any) -> Any:
 
 def merge(low: dict, high: dict) -> dict:
     """`high` over `low`. A changed `kind` replaces the whole block: its old fields mean nothing now."""
-    return _merge(low, high)
-
-
-def _merge(low: dict, high: dict) -> dict:
     if "kind" in high and high["kind"] != low.get("kind", high["kind"]):
         return high
-    both = {k: _merge(low[k], v) if isinstance(v, dict) and isinstance(low.get(k), dict) else v for k, v in high.items()}
-    return low | both
+    merged = dict(low)
+    for key, value in high.items():
+        below = kind_alone(low.get(key))  # `schedule: cosine` is short for `schedule: {kind: cosine}`
+        merged[key] = merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
 
 
 def _check_version(schema: type[Config], tree: dict, name: str) -> None:

@@ -192,11 +192,11 @@ class Block(Config):
 
 
 class FanIn(Config):
-    """Truncated normal of variance scale / fan-in (LeCun et al. 1998); embeddings std `embedding`."""
+    """Truncated normal of variance scale / fan-in (LeCun et al. 1998)."""
 
     kind: Literal["fan_in"] = "fan_in"
     scale: float = Field(1.0, gt=0)  # variance times fan-in
-    embedding: float = Field(1.0, gt=0)  # standard deviation of embedding rows
+    embedding: float | None = Field(None, gt=0)  # std of embedding rows; null: 1, or embed^(-1/2) where the head is tied
 
 
 class Normal(Config):
@@ -265,8 +265,11 @@ class DecoderConfig(Config):
             a = block.attention
             if a.head_dim is None and self.embed % a.num_heads:
                 raise ValueError(f"embed={self.embed} must be a multiple of num_heads={a.num_heads}, or set attention.head_dim")
-            if isinstance(self.position, RoPE) and self.rotary_dim(a) % 2:
-                raise ValueError(f"position.fraction={self.position.fraction} rotates {self.rotary_dim(a)} of head_dim={self.head_dim(a)}: must be even")
+            if isinstance(self.position, RoPE) and (self.rotary_dim(a) % 2 or not self.rotary_dim(a)):
+                raise ValueError(
+                    f"position.fraction={self.position.fraction} rotates {self.rotary_dim(a)} of head_dim={self.head_dim(a)}: "
+                    "must be even and above 0"
+                )
         if len(self.blocks) > self.num_layers:
             raise ValueError(f"pattern has {len(self.blocks)} entries for num_layers={self.num_layers}")
         if len({b.placement.kind in ("post", "deepnorm") for b in self.blocks}) > 1:
@@ -285,11 +288,6 @@ class DecoderConfig(Config):
     def num_groups(self) -> int:
         """Whole repetitions of the group; `num_layers % len(blocks)` layers are left over as a tail."""
         return self.num_layers // len(self.blocks)
-
-    @property
-    def depth(self) -> int:
-        """Number of layers, as depth-dependent initialisation counts them."""
-        return self.num_layers
 
     def head_dim(self, attention: Attention) -> int:
         return attention.head_dim or self.embed // attention.num_heads
@@ -315,3 +313,5 @@ class DecoderConfig(Config):
 
 
 Model = union(DecoderConfig)
+
+Remat = Literal["none", "full", "dots", "save_attention", "offload"]  # see jaxllm.models.remat

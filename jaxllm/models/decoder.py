@@ -103,6 +103,9 @@ class Decoder(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
         """What the head turns into logits: the residual stream after the last norm."""
+        T = tokens_BT.shape[1]
+        if self.cfg.position.kind == "learned" and T > self.cfg.context:
+            raise ConfigError(f"rows of {T} tokens for a model of {self.cfg.context} learned positions (model.context)")
         tokens = row_tokens(positions_BT, documents_BT, prefix_BT)
         x_BTD = self.embed(tokens_BT, positions_BT, key)
         x_BTD, _ = self.layers(x_BTD, tokens, key)
@@ -192,11 +195,11 @@ class Decoder(nnx.Module):
         self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
         cfg = self.cfg
-        x_BTD = self.embedding[...][tokens_BT]
+        x_BTD = lookup(self.embedding[...], tokens_BT)
         if cfg.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
         if cfg.position.kind == "learned":
-            x_BTD = x_BTD + jnp.take(self.positions[...], positions_BT, axis=0, mode="clip")
+            x_BTD = x_BTD + lookup(self.positions[...], positions_BT)
         elif cfg.position.kind == "sinusoidal":
             x_BTD = x_BTD + sinusoids(cfg.position, positions_BT, cfg.embed).astype(x_BTD.dtype)
         if cfg.embedding_norm:
@@ -267,6 +270,24 @@ class Decoder(nnx.Module):
             return here, tokens
 
         return block(x_BTD, layer, remember), written[0]
+
+
+@jax.custom_vjp
+def lookup(table_VD: Float[Array, "V D"], ids_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of a table; ids beyond it get the last (padding may hold any position).
+
+    The gradient is summed in float32: in bfloat16 a frequent token's would stop growing after 256 occurrences.
+    """
+    return jnp.take(table_VD, ids_BT, axis=0, mode="clip")
+
+
+def _lookup_backward(kept, grad_BTD):
+    table_VD, ids_BT = kept
+    sums_VD = jnp.zeros(table_VD.shape, jnp.float32).at[ids_BT].add(grad_BTD.astype(jnp.float32), mode="clip")
+    return sums_VD.astype(table_VD.dtype), None
+
+
+lookup.defvjp(lambda table_VD, ids_BT: (lookup(table_VD, ids_BT), (table_VD, ids_BT)), _lookup_backward)
 
 
 def make(cfg: DecoderConfig, block: BlockConfig, key: Key[Array, ""]) -> Block:

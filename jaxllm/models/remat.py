@@ -1,11 +1,11 @@
 """What the backward pass keeps and what it computes again, by name."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
-Remat = Literal["none", "full", "dots", "save_attention", "offload"]
+from jaxllm.models.config import Remat
 
 
 def recomputed(elementwise: Callable) -> Callable:

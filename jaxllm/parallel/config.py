@@ -1,6 +1,6 @@
 """Mesh and sharding as values. Models name logical axes only; `Rules` maps them to mesh axes. No JAX here."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -62,7 +62,7 @@ class Rules(Config):
     @field_validator("*", mode="before")
     @classmethod
     def _known_mesh_axes(cls, value: Any) -> Any:
-        names = (value,) if isinstance(value, str) else tuple(value or ())
+        names = (value,) if isinstance(value, str) else value if isinstance(value, list | tuple) else ()
         if wrong := [n for n in names if n not in MESH_AXES]:
             raise ValueError(f"no mesh axis {wrong[0]!r}; known: {', '.join(MESH_AXES)}")
         return value
@@ -85,7 +85,7 @@ ACTIVATIONS = TENSOR.model_copy(update={"batch": ("data", "fsdp")})
 
 
 class Sharding(Config):
-    """What is shared out, as four sets of rules. A bare string names a preset:
+    """What is shared out, as four sets of rules, each laid over those of a `preset`. A bare string names one:
 
     ddp: everything replicated over data and fsdp. zero1, zero2, zero3 (Rajbhandari et al. 2019, arXiv:1910.02054):
     optimizer state, then gradients, then parameters are shared out over fsdp too. Tensor parallelism (Shoeybi et al.
@@ -108,15 +108,13 @@ class Sharding(Config):
     @classmethod
     def _presets(cls, tree: Any) -> Any:
         tree = {"preset": tree} if isinstance(tree, str) else tree
-        if not isinstance(tree, dict) or "preset" not in tree:
+        if not isinstance(tree, dict):
             return tree
-        tree = dict(tree)
-        name = tree.pop("preset")
+        name = tree.get("preset", "zero3")
         if name not in cls.PRESETS:
             raise ValueError(f"no sharding preset {name!r}; known: {', '.join(cls.PRESETS)}")
-        base = dict(zip(("parameters", "gradients", "optimizer"), cls.PRESETS[name]))
-        full = {k: v.model_dump() | tree.pop(k, {}) for k, v in (base | {"activations": ACTIVATIONS}).items()}
-        return full | tree
-
-
-Remat = Literal["none", "full", "dots", "save_attention", "offload"]
+        base = dict(zip(("parameters", "gradients", "optimizer"), cls.PRESETS[name])) | {"activations": ACTIVATIONS}
+        asked = {k: v for k, v in tree.items() if k != "preset"}
+        return asked | {
+            k: rules.model_dump() | asked.get(k, {}) for k, rules in base.items() if isinstance(asked.get(k, {}), dict)
+        }

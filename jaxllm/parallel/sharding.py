@@ -42,15 +42,16 @@ def fitting(mesh: jax.sharding.Mesh, rules: Rules, axes: tuple, shape: tuple[int
         shares = math.prod(mesh.shape[n] for n in names)
         if size % shares:
             raise ConfigError(
-                f"{name}: {axis}={size} does not divide over mesh axis {' x '.join(names)} of {shares} devices; "
-                f"change the mesh or the model, or replicate it with {axis}: null in the sharding rules"
+                f"{name}: {axis}={size} does not divide over mesh axis {' x '.join(names)} of {shares} devices; change "
+                f"the mesh or the model, or replicate it: set {axis} to null in sharding.parameters, .gradients, .optimizer "
+                "and .activations"
             )
     return placed
 
 
 def shardings(mesh: jax.sharding.Mesh, rules: Rules, axes: PyTree, shapes: PyTree) -> PyTree:
     """A NamedSharding for every array of a tree of shapes; `axes` is the same tree with logical axes at its leaves."""
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     leaves, structure = jax.tree.flatten(shapes)
     placed = [
         fitting(mesh, rules, tuple(a), leaf.shape, name)

@@ -130,7 +130,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that were completed, in order; one that was damaged since is among them."""
-        return [int(path.name) for path in reversed(_checkpoints(self.folder))]
+        return steps(self.folder)
 
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
@@ -164,8 +164,11 @@ class Checkpointer:
                 _write(saving / name, text)
             _write(saving / _CHECKSUMS, _checksums(saving))
             final = self.folder / f"{step:08d}"
-            self._remove([step] if final.exists() else [])
+            old = self.folder / f"{step:08d}.deleted"
+            if final.exists():
+                final.rename(old)
             saving.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
             self._remove([s for s in self.steps() if s > step])
             kept = [*self.steps()[-self.cfg.keep :], self.best() if self.cfg.best else None]
             self._remove([s for s in self.steps() if s not in kept])
@@ -252,6 +255,11 @@ def load_params(
     cfg, targets = plan(record, stored)
     leaves = _read(path, targets, layout.unstack(targets, cfg), cfg)
     return Weights({n.removeprefix("params/"): x for n, x in leaves.items()}, cfg, record["meta"], path)
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints of a run (or in its `checkpoints/`) that were completed, in order."""
+    return [int(path.name) for path in reversed(_checkpoints(folder))]
 
 
 def stored_model(folder: Path) -> DecoderConfig:
@@ -380,6 +388,7 @@ def _read(
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             arrays = reader.restore(path.absolute() / "arrays" / item, args=ocp.args.PyTreeRestore(restore_args=places))
         logical |= {f"params/{n}" if item == "params" else n: x for n, x in arrays.items()}
+        del arrays  # else it keeps what is taken out below
     leaves = {}
     for name, target in targets.items():
         # Taken out as they are used: beyond the state, the devices hold one stacked leaf twice.
@@ -388,13 +397,17 @@ def _read(
     return leaves
 
 
-def _logical_on_host(state: Any, cfg: DecoderConfig) -> dict[str, jax.Array]:
+def _logical_on_host(state: Any, cfg: DecoderConfig) -> dict[str, Any]:
     """Copies of the state's logical leaves in host memory, each shard on its own host.
 
-    One leaf at a time is cut on the device, so a state that fills the device can be saved.
+    With one process each leaf is copied whole and once, however many devices hold it. With several, one leaf at a time
+    is cut on the device, so a state that fills the device can be saved.
     """
-    copies: dict[str, jax.Array] = {}
+    copies: dict[str, Any] = {}
     for name, leaf in _named_leaves(state).items():
+        if leaf.is_fully_addressable:  # a copy: on CPU the array itself may share memory with what is donated next
+            copies |= layout.split(name, np.array(leaf), cfg)
+            continue
         parts = layout.split(name, leaf, cfg)
         places = {n: x.sharding.with_memory_kind("pinned_host") for n, x in parts.items()}
         copies |= jax.block_until_ready(jax.device_put(parts, places))

@@ -7,9 +7,9 @@ from pydantic import Field, model_validator
 from jaxllm.core.config import Config, union
 from jaxllm.core.metrics import Metrics
 from jaxllm.data.config import DataConfig
-from jaxllm.models.config import Model
+from jaxllm.models.config import Model, Remat
 from jaxllm.objectives.config import NextToken, Objective
-from jaxllm.parallel.config import Mesh, Remat, Sharding
+from jaxllm.parallel.config import Mesh, Sharding
 
 
 # --- schedules: multiples of the peak learning rate by step -----------------------------------------------------
@@ -168,7 +168,7 @@ class Checkpoints(Config):
 
     every: int = Field(1000, gt=0)  # steps
     keep: int = Field(3, gt=0)  # newest that are kept
-    best: bool = True  # also keep the one with the lowest held-out loss
+    best: bool = True  # also keep the one with the lowest held-out loss, of those saved at an evaluated step
     asynchronous: bool = True  # write while training goes on
 
 

@@ -10,20 +10,25 @@ from jaxllm.models.module import Params
 from jaxllm.train.step import Setup, place_batch
 
 
-def evaluate(setup: Setup, eval_step: Callable, params: Params, rows: Sequence[dict]) -> dict[str, float]:
+def evaluate(
+    setup: Setup, eval_step: Callable, params: Params, rows: Sequence[dict], stopped: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
     """`validation_*` metrics over all `rows` (packed rows as the loader gives them), weighted by tokens.
 
-    loss in nats a token, perplexity = exp(cross-entropy), bits_per_byte of the rows' text. The last batch is filled
-    up with rows of weight 0, so one program serves all.
+    loss in nats a token, perplexity = exp(cross-entropy), bits_per_byte of the rows' text. Batches are as large as
+    microbatches of training; the last is filled up with rows of weight 0, so one program serves all. None if `stopped`
+    says so on the way.
     """
-    size = setup.cfg.batch
+    size = setup.cfg.batch // setup.cfg.accumulate
     host, hosts = jax.process_index(), jax.process_count()
+    nothing = {k: np.zeros_like(v) for k, v in rows[0].items()}
     totals: dict[str, np.ndarray] = {}
     for first in range(0, len(rows), size):
-        part = [rows[i] for i in range(first, min(first + size, len(rows)))]
-        part += [{k: np.zeros_like(v) for k, v in part[0].items()}] * (size - len(part))
-        mine = part[size * host // hosts : size * (host + 1) // hosts]
-        batch = {k: np.stack([row[k] for row in mine]) for k in mine[0]}
+        if stopped():
+            return None
+        mine = range(first + size * host // hosts, first + size * (host + 1) // hosts)
+        part = [rows[i] if i < len(rows) else nothing for i in mine]
+        batch = {k: np.stack([row[k] for row in part]) for k in nothing}
         sums = jax.device_get(eval_step(params, place_batch(setup, batch)))
         for name, pair in sums.items():
             totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)

@@ -1,6 +1,5 @@
 """The training loop: batches in, checkpoints and metrics out; killed or moved, it goes on where it was."""
 
-import math
 import os
 import signal
 import threading
@@ -19,15 +18,17 @@ from jaxllm.core.machine import versions
 from jaxllm.core.sinks import Sinks, open_sinks, truncate_after
 from jaxllm.data.loader import Prepared, Rows, batches, open_prepared, validation_rows
 from jaxllm.models.count import flops_per_token
-from jaxllm.models.module import Params
+from jaxllm.models.config import DecoderConfig
+from jaxllm.models.module import Params, abstract
 from jaxllm.models.resize import resize_vocabulary
-from jaxllm.train.checkpoint import Checkpointer, load_params, restore, stored_model
+from jaxllm.parallel.sharding import shardings
+from jaxllm.train.checkpoint import Checkpointer, load_params, restore, steps, stored_model
 from jaxllm.train.config import RunConfig
 from jaxllm.train.evaluate import evaluate
 from jaxllm.train.run_folder import open_run
 from jaxllm.train.stability import SpikeDetector
 from jaxllm.train.step import (
-    Setup, TrainState, abstract_batch, init_state, make_eval_step, make_train_step, place_batch, set_up,
+    Setup, TrainState, abstract_batch, init_state, make_eval_step, make_train_step, place_batch, set_up, skips,
 )  # fmt: skip
 from jaxllm.train.throughput import Meter, memory, peak_flops
 
@@ -48,10 +49,9 @@ class Progress:
     batch: int = 0  # next batch of the data; ahead of the step by the batches that rewinds have skipped
     tokens: int = 0  # weighted tokens trained on
     sums: dict[str, list[float]] = field(default_factory=dict)  # metric sums since the last log line
-    skipped: int = 0  # non-finite steps, all in all
-    skipped_in_a_row: int = 0
+    skipped: int = 0  # steps skipped for not being finite, all in all
+    nonfinite_in_a_row: int = 0
     rewinds: int = 0
-    best: float | None = None  # lowest held-out loss
     detector: dict[str, Any] = field(default_factory=dict)
 
 
@@ -78,10 +78,10 @@ def train(cfg: RunConfig) -> Result:
     for rows in cfg.ramp_sizes():  # every batch size must divide over the mesh, now rather than at step 10,000
         abstract_batch(setup, rows // cfg.accumulate, prepared.length)
     rows = Rows(prepared, cfg.seed, cfg.data.weights or None)
-    fresh = not list(Path(cfg.out).glob("checkpoints/*"))
-    initial = initial_weights(cfg, setup) if cfg.initial and fresh else None
-    with open_run(cfg, prepared.hash) as folder:
-        return Loop(cfg, setup, rows, folder, initial).run()
+    if cfg.initial and not steps(Path(cfg.out)):
+        check_initial(cfg)
+    with open_run(cfg, prepared.hash) as (folder, changed):
+        return Loop(cfg, setup, rows, folder, changed).run()
 
 
 def fit_to_data(cfg: RunConfig, prepared: Prepared) -> RunConfig:
@@ -106,26 +106,45 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def initial_weights(cfg: RunConfig, setup: Setup) -> Params:
+def check_initial(cfg: RunConfig) -> DecoderConfig:
+    """The model that `cfg.initial` holds. Raises ConfigError if it is not this run's but for its vocabulary."""
+    stored = stored_model(Path(cfg.initial))
+    may_differ = {name: getattr(cfg.model, name) for name in ("vocab", "context", "dropout", "init")}
+    if stored.model_copy(update=may_differ) != cfg.model:
+        raise ConfigError(
+            f"initial={cfg.initial} holds another model than `model:` asks for; make `model:` agree with its config.yaml"
+        )
+    if stored.vocab > cfg.model.vocab:
+        raise ConfigError(
+            f"initial={cfg.initial} has a vocabulary of {stored.vocab}, model.vocab={cfg.model.vocab} is smaller; set it to "
+            f"{stored.vocab} or more"
+        )
+    return stored
+
+
+def initial_weights(setup: Setup) -> Params:
     """The weights that `cfg.initial` names, in their shards, with rows for the vocabulary of this run."""
-    folder, wanted = Path(cfg.initial), cfg.model
-    stored = stored_model(folder)
-    may_differ = {name: getattr(wanted, name) for name in ("vocab", "context", "dropout", "init")}
-    if stored.model_copy(update=may_differ) != wanted:
-        raise ConfigError(f"initial={folder} holds another model than `model:` asks for; make `model:` agree with its config.yaml")
-    if stored.vocab == wanted.vocab:
-        return load_params(folder, wanted, like=setup.state.params).params
-    params, _ = resize_vocabulary(load_params(folder).params, stored, wanted.vocab)
-    return jax.device_put(params, jax.tree.map(lambda x: x.sharding, setup.state.params))
+    cfg, where = setup.cfg, jax.tree.map(lambda x: x.sharding, setup.state.params)
+    stored = check_initial(cfg)
+    if stored.vocab == cfg.model.vocab:
+        return load_params(Path(cfg.initial), stored, like=setup.state.params).params
+    rules = cfg.sharding.parameters.model_copy(update={"vocab": None})  # the old size may not divide
+    _, shapes, axes = abstract(stored)
+    places = shardings(setup.mesh, rules, axes, shapes)
+    like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[n]) for n, x in shapes.items()}
+    params = load_params(Path(cfg.initial), stored, like=like).params
+    return jax.jit(lambda p: resize_vocabulary(p, stored, cfg.model.vocab)[0], out_shardings=where)(params)
 
 
 class Loop:
     """One call of `train`: the open ends of a run in progress."""
 
-    def __init__(self, cfg: RunConfig, setup: Setup, rows: Rows, folder: Path, initial: Params | None):
+    def __init__(self, cfg: RunConfig, setup: Setup, rows: Rows, folder: Path, changed: list[str]):
         prepared = rows.prepared
         self.cfg, self.setup, self.rows, self.prepared, self.folder = cfg, setup, rows, prepared, folder
-        self.initial = initial
+        self.notes: list[tuple[str, str]] = []  # events from before the sinks are open
+        if changed:
+            self.notes.append(("changed", f"the config has changed since the last start: {'; '.join(changed)}"))
         self.progress = Progress()
         self.detector = SpikeDetector(cfg.stability)
         self.length = prepared.length
@@ -138,10 +157,13 @@ class Loop:
         self.meter = Meter(len(devices), flops_per_token(cfg.model, self.length).train, peak)
         self.speed: dict[str, float] = {}
         self.stop: str | None = None
+        self.saved = -1  # step of the newest checkpoint of this call
+        self.tracing = False
 
     def run(self) -> Result:
         cfg = self.cfg
         with ExitStack() as stack:
+            stack.enter_context(self.stopping_on_signals())
             self.checkpoints = stack.enter_context(
                 Checkpointer(self.folder / "checkpoints", cfg.checkpoints, cfg.model, extra_files={
                     "config.yaml": self.folder / "config.yaml", "tokenizer": self.prepared.path / "tokenizer",
@@ -152,29 +174,30 @@ class Loop:
             self.sinks: Sinks = stack.enter_context(open_sinks(cfg.metrics, self.folder, self.folder.name, cfg.steps))
             for name, message in self.notes:
                 self.sinks.event(name, message, step=step)
-            stack.enter_context(self.stopping_on_signals())
+            stack.callback(self.stop_trace)
             if cfg.stability.spike_zscore is not None and not self.checkpoints.steps():
                 self.save(state, step)  # what a spike before the first checkpoint goes back to
             while step < cfg.steps and not self.stop:
                 try:
                     state, step = self.segment(state, step)
-                except Spike as spike:
-                    state, step = self.rewind(spike)
+                    continue
+                except Spike as e:  # its traceback would keep the state alive while another is read
+                    spike, state = e.with_traceback(None), None
+                state, step = self.rewind(spike)
         return Result(self.folder, step, self.last_evaluation, self.stop)
 
     # --- start, resume, rewind ---
 
     def start(self) -> tuple[TrainState, int]:
         """The state to go on from: the newest good checkpoint, or a fresh one."""
-        self.notes: list[tuple[str, str]] = []
         if self.checkpoints.steps():
             state, step = self.restore()
             self.notes.append(("resume", f"resumed at step {step} from {self.folder / 'checkpoints'}"))
             return state, step
-        if self.initial is not None:
-            self.notes.append(("initial", f"weights from {self.cfg.initial}"))
-        initial, self.initial = self.initial, None  # the state owns them from here on
-        return init_state(self.setup, initial), 0
+        if self.cfg.initial is None:
+            return init_state(self.setup), 0
+        self.notes.append(("initial", f"weights from {self.cfg.initial}"))
+        return init_state(self.setup, initial_weights(self.setup)), 0
 
     def restore(self) -> tuple[TrainState, int]:
         state, meta, step = restore(
@@ -193,9 +216,9 @@ class Loop:
         if rewinds > cfg.max_rewinds:
             raise UserError(f"step {spike.step}: loss {spike.loss:.4g} is a spike after {cfg.max_rewinds} rewinds (stability.max_rewinds); lower the learning rate or look at the data around batch {ahead.batch}")
         next_batch = ahead.batch + cfg.skip_batches
-        self.notes = []
         state, step = self.restore()
         first, self.progress.batch, self.progress.rewinds = self.progress.batch, next_batch, rewinds
+        self.saved = step
         self.sinks.rewind(step)
         self.sinks.event(
             "rewind", f"loss {spike.loss:.4g} at step {spike.step} is a spike: back to step {step}, batches {first} to "
@@ -211,24 +234,26 @@ class Loop:
         hosts = jax.process_index(), jax.process_count()
         feed = batches(self.rows, self.progress.batch, cfg.batch_rows, *hosts, cfg.data.prefetch)
         pending: deque[tuple[int, int, Any, float]] = deque()
-        stopping = False
         with closing(feed):
-            while step < cfg.steps and not stopping:
+            while step < cfg.steps and not self.stop:
                 waited = feed.waited
                 k, batch = next(feed)
                 waited = feed.waited - waited
-                self.profile(step)
+                self.trace(step + 1)
                 program = self.program(cfg.batch_rows(k)[1])
                 state, sums = program(state, place_batch(setup, batch))
                 step += 1
                 pending.append((step, k, sums, waited))
-                stopping = self.stop is not None
-                due = self.due(step, stopping)
+                due = self.due(step)
                 # One step of lag keeps the device busy while the host looks at numbers.
                 while len(pending) > (0 if due else 1):
                     self.see(*pending.popleft())
                 if due:
                     self.report(due, state, step)
+        while pending:
+            self.see(*pending.popleft())
+        if self.stop and self.saved != step:
+            self.save(state, step)
         return state, step
 
     def program(self, rows: int) -> Any:
@@ -241,14 +266,14 @@ class Loop:
             self.sinks.event("compile", f"training step for {rows} rows compiled in {time.monotonic() - began:.1f} s", rows=rows)
         return self.programs[rows]
 
-    def due(self, step: int, stopping: bool) -> set[str]:
-        """What is to be done after this step."""
+    def due(self, step: int) -> set[str]:
+        """What is to be done after this step; a run that is told to stop only saves."""
         cfg, last = self.cfg, step == self.cfg.steps
         often = cfg.evaluation.every and step % cfg.evaluation.every == 0
         due = {
             "log": last or step % cfg.metrics.every == 0,
-            "evaluate": len(self.held_out) > 0 and (last or often),
-            "save": last or step % cfg.checkpoints.every == 0 or stopping,
+            "evaluate": len(self.held_out) > 0 and (last or often) and not self.stop,
+            "save": last or step % cfg.checkpoints.every == 0,
         }
         return {name for name, now in due.items() if now}
 
@@ -259,35 +284,40 @@ class Loop:
         loss = sums["loss"][0] / max(sums["loss"][1], 1.0)
         self.speed = self.meter.tick(self.cfg.batch_rows(k)[1] * self.length, waited)
         p.batch = k + 1
-        if sums["skipped"][0]:
-            p.skipped += 1
-            p.skipped_in_a_row += 1
+        if sums["nonfinite"][0]:
+            p.skipped += skips(self.cfg)
+            p.nonfinite_in_a_row += 1
             if self.cfg.precision.kind != "float16":  # there an overflow is how the scale is found
-                self.sinks.event("skipped", f"step {step}: loss or gradients are not finite; the step is skipped", step=step, batch=k)
-            if p.skipped_in_a_row > stability.max_skipped:
-                raise UserError(f"step {step}: {p.skipped_in_a_row} steps in a row were not finite (stability.max_skipped); lower the learning rate, or look at the data from batch {k + 1 - p.skipped_in_a_row}")
-            sums = {"skipped": sums["skipped"]} | ({"loss_scale": sums["loss_scale"]} if "loss_scale" in sums else {})
+                done = "the step is skipped" if skips(self.cfg) else "it is applied all the same (skip_nonfinite: false)"
+                self.sinks.event("nonfinite", f"step {step}: loss or gradients are not finite; {done}", step=step, batch=k)
+            if p.nonfinite_in_a_row > stability.max_skipped:
+                raise UserError(
+                    f"step {step}: {p.nonfinite_in_a_row} steps in a row were not finite (stability.max_skipped); lower the "
+                    f"learning rate, or look at the data from batch {k + 1 - p.nonfinite_in_a_row}"
+                )
+            sums = {name: sums[name] for name in ("nonfinite", "loss_scale") if name in sums}
         else:
-            p.skipped_in_a_row = 0
+            p.nonfinite_in_a_row = 0
             p.tokens += int(sums["loss"][1])
         for name, (s, w) in sums.items():
             total = p.sums.setdefault(name, [0.0, 0.0])
             total[0] += s
             total[1] += w
-        if "loss" in sums and self.detector.see(loss):
+        if self.detector.see(loss):
             raise Spike(step, loss)
 
     def report(self, due: set[str], state: TrainState, step: int) -> None:
         """Logs, evaluates and saves what is due; all numbers up to `step` have been seen."""
         p = self.progress
         if "log" in due:
-            line = {name: s / w for name, (s, w) in p.sums.items() if w and name != "skipped"}
+            line = {name: s / w for name, (s, w) in p.sums.items() if w and name != "nonfinite"}
             line |= {"learning_rate": float(self.setup.schedule(step - 1 - p.skipped)), "tokens": p.tokens, "skipped": p.skipped}
             self.sinks.log(step, line | self.speed | memory())
             p.sums = {}
         if "evaluate" in due:
             self.evaluate(state, step)
-        if "save" in due and not self.detector.state()["spiked"]:  # a rewind must not go back to the spike itself
+        # A rewind must not go back to a spike that is not yet one by its length; the end of the run is saved all the same.
+        if "save" in due and (step == self.cfg.steps or not self.detector.state()["spiked"]):
             self.save(state, step, self.last_evaluation.get("validation_loss") if "evaluate" in due else None)
         self.meter.restart()
 
@@ -298,22 +328,30 @@ class Loop:
             "tokenizer": {"path": "tokenizer", "fingerprint": self.prepared.manifest["tokenizer"]["fingerprint"]},
         }  # fmt: skip
         self.checkpoints.save(step, state, meta, loss)
+        self.saved = step
 
     def evaluate(self, state: TrainState, step: int) -> None:
-        self.last_evaluation = evaluate(self.setup, self.eval_step, state.params, self.held_out)
-        loss = self.last_evaluation["validation_loss"]
-        if math.isfinite(loss):
-            self.progress.best = loss if self.progress.best is None else min(self.progress.best, loss)
-        self.sinks.log(step, self.last_evaluation)
+        found = evaluate(self.setup, self.eval_step, state.params, self.held_out, lambda: self.stop is not None)
+        if found is not None:
+            self.last_evaluation = found
+            self.sinks.log(step, found)
 
     # --- profile and signals ---
 
-    def profile(self, step: int) -> None:
+    def trace(self, step: int) -> None:
+        """Starts and ends the profile of the steps that the config names; `step` is the one about to run."""
         window = self.cfg.profile
-        if window and step == window.start:
+        inside = window is not None and window.start <= step < window.start + window.steps
+        if inside and not self.tracing:
             jax.profiler.start_trace(str(self.folder / "profile"))
-        if window and step == window.start + window.steps:
+            self.tracing = True
+        if not inside:
+            self.stop_trace()
+
+    def stop_trace(self) -> None:
+        if self.tracing:
             jax.profiler.stop_trace()
+            self.tracing = False
 
     @contextmanager
     def stopping_on_signals(self) -> Iterator[None]:

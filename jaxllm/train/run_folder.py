@@ -11,24 +11,25 @@ from jaxllm.core.errors import ConfigError
 from jaxllm.core.machine import describe_machine, git_revision, versions
 from jaxllm.train.config import RunConfig
 
-# What may change when a run continues: where it computes and what it reports, not what it computes.
+# What may change when a run continues: where it computes, what it reports, how long it goes on. Of these `steps` moves
+# the end of schedules, `accumulate` the draws of dropout, `stability` what is skipped: the loop logs what changed.
 FREE = ("out", "steps", "accumulate", "mesh", "sharding", "remat", "scan", "evaluation", "checkpoints", "stability",
         "metrics", "profile", "compile_cache", "initial")  # fmt: skip
 FREE_DATA = ("path", "prefetch", "verify")  # the manifest's hash says whether it is the same data
 
 
 @contextmanager
-def open_run(cfg: RunConfig, manifest_hash: str) -> Iterator[Path]:
-    """The run's folder, locked: made if it is new, checked if the run is to go on.
+def open_run(cfg: RunConfig, manifest_hash: str) -> Iterator[tuple[Path, list[str]]]:
+    """The run's folder, locked, and what has changed in its config: made if it is new, checked if the run is to go on.
 
     Raises:
       ConfigError: the folder holds another run, or one that is being trained by another process.
     """
     folder = Path(cfg.out)
-    written = folder / "config.yaml"
+    written, changed = folder / "config.yaml", []
     if written.exists():
-        _check_same(cfg, manifest_hash, folder)
-    elif folder.exists() and any(p for p in folder.iterdir() if p.name != "lock"):
+        changed = _check_same(cfg, manifest_hash, folder)
+    elif folder.exists() and any(p for p in folder.iterdir() if p.name != "lock" and p.suffix != ".new"):
         raise ConfigError(f"out={folder} is not empty and holds no run; name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,7 @@ def open_run(cfg: RunConfig, manifest_hash: str) -> Iterator[Path]:
         }  # fmt: skip
         _replace(written, config.dump(cfg))
         _replace(folder / "run.json", json.dumps(made_with, indent=1) + "\n")
-        yield folder
+        yield folder, changed
 
 
 def _replace(path: Path, text: str) -> None:
@@ -55,12 +56,10 @@ def _replace(path: Path, text: str) -> None:
     half.replace(path)
 
 
-def _check_same(cfg: RunConfig, manifest_hash: str, folder: Path) -> None:
+def _check_same(cfg: RunConfig, manifest_hash: str, folder: Path) -> list[str]:
+    """What differs and may; raises ConfigError for what differs and may not."""
     old = config.load(RunConfig, folder / "config.yaml")
-    differ = [
-        f"{path}: {_short(a)} there, {_short(b)} asked"
-        for path, a, b in _differences(_fixed(old), _fixed(cfg))
-    ]  # fmt: skip
+    differ = [f"{path}: {_short(a)} there, {_short(b)} asked" for path, a, b in _differences(_fixed(old), _fixed(cfg))]
     if (folder / "run.json").exists():
         there = json.loads((folder / "run.json").read_text())["manifest"]
         if there != manifest_hash:
@@ -68,6 +67,8 @@ def _check_same(cfg: RunConfig, manifest_hash: str, folder: Path) -> None:
     if differ:
         lines = "\n  ".join(differ)
         raise ConfigError(f"out={folder} holds another run, which this one cannot continue; name another folder, or undo:\n  {lines}")
+    both = (c.model_dump(mode="json") for c in (old, cfg))
+    return [f"{path}: {_short(a)} -> {_short(b)}" for path, a, b in _differences(*both) if path != "out"]
 
 
 def _fixed(cfg: RunConfig) -> dict:

@@ -78,7 +78,7 @@ def init_state(setup: Setup, params: Params | None = None) -> TrainState:
     """The state of step 0, every array made directly in its shard: no host or device ever holds the whole model.
 
     Args:
-      params: weights to start from, in place of fresh ones.
+      params: weights to start from, in place of fresh ones; donated.
     """
 
     def make(key, params):
@@ -86,18 +86,17 @@ def init_state(setup: Setup, params: Params | None = None) -> TrainState:
         return TrainState(jnp.int32(0), params, setup.tx.init(params), init_scale(setup.cfg.precision))
 
     where = jax.tree.map(lambda x: x.sharding, setup.state)
-    return jax.jit(make, out_shardings=where)(jax.random.key(setup.cfg.seed), params)
+    return jax.jit(make, out_shardings=where, donate_argnums=1)(jax.random.key(setup.cfg.seed), params)
 
 
 def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """jitted (state, batch) -> (state, sums); the old state's buffers are donated.
 
-    A step whose loss or gradients are not finite leaves parameters and optimizer as they were (if the run asks for
-    it, and always in float16) and counts in `sums["skipped"]`.
+    A step whose loss or gradients are not finite counts in `sums["nonfinite"]` and, where `skips(cfg)`, leaves
+    parameters and optimizer as they were.
     """
     cfg = setup.cfg
     dropout = any(cfg.model.dropout.model_dump().values())
-    guarded = cfg.stability.skip_nonfinite or cfg.precision.kind == "float16"
     where = jax.tree.map(lambda x: x.sharding, setup.state)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
@@ -115,16 +114,21 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
         updates, opt = setup.tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"][0])
-        if guarded:
+        if skips(cfg):
             params, opt = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt), (state.params, state.opt))
         scale = None if state.scale is None else adjust(cfg.precision, state.scale, finite)
         one = jnp.float32(1)
-        sums |= {"grad_norm": (jnp.where(finite, norm, 0), finite * one), "skipped": (one - finite, one)}
+        sums |= {"grad_norm": (jnp.where(finite, norm, 0), finite * one), "nonfinite": (one - finite, one)}
         if scale is not None:
             sums |= {"loss_scale": (scale.scale, one)}
         return TrainState(state.step + 1, params, opt, scale), sums
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(where, None))
+
+
+def skips(cfg: RunConfig) -> bool:
+    """Whether steps that are not finite are skipped; float16 could not find its scale otherwise."""
+    return cfg.stability.skip_nonfinite or cfg.precision.kind == "float16"
 
 
 def gradients(setup: Setup, state: TrainState, batch: Batch, key: Key[Array, ""] | None) -> tuple[Params, Array, Sums]:

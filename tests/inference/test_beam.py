@@ -31,7 +31,7 @@ def exhaustive(model, prompt, count, penalty):
     return best
 
 
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_beams_as_many_as_sequences_find_the_best_of_all(penalty):
     ended = 0
     prompts = [[1, 3, 0], [2], [0, 1]]
@@ -76,7 +76,7 @@ def as_transformers(cfg, params):
     return theirs.eval()
 
 
-@pytest.mark.parametrize("width, penalty", [(2, 1.0), (4, 0.0), (5, 0.6)])
+@pytest.mark.parametrize("width, penalty", [(2, 1.0), (5, 0.6)])
 def test_beams_end_where_those_of_transformers_do(width, penalty):
     torch = pytest.importorskip("torch")
     model = random_model(LLAMA, 5)

@@ -197,6 +197,26 @@ def test_sigterm_saves_and_exits_with_0_and_the_run_goes_on(prepared, tmp_path):
     assert sorted(losses(tmp_path / "run")) == list(range(1, saved + 4))
 
 
+def test_a_run_that_stops_and_goes_on_inside_a_profile_window_is_not_hurt(unbroken, prepared, tmp_path):
+    window = "profile={start: 5, steps: 4}"
+    train(parse(prepared, tmp_path / "run", window, "steps=6"))
+    train(parse(prepared, tmp_path / "run", window))
+    assert losses(tmp_path / "run") == losses(unbroken)
+    assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 2
+
+
+def test_initial_weights_survive_a_kill_during_the_first_save(unbroken, prepared, tmp_path):
+    (tmp_path / "run").mkdir()  # as a kill before the config was there leaves it
+    (tmp_path / "run" / "lock").touch()
+    (tmp_path / "run" / "config.yaml.new").touch()
+    train(parse(prepared, tmp_path / "run", f"initial={unbroken}", "steps=5"))
+    assert losses(tmp_path / "run")[1] < losses(unbroken)[1] - 0.5
+    (tmp_path / "run" / "checkpoints" / "00000005").rename(tmp_path / "run" / "checkpoints" / "00000005.saving")
+    first = losses(tmp_path / "run")
+    train(parse(prepared, tmp_path / "run", f"initial={unbroken}", "steps=5"))
+    assert losses(tmp_path / "run") == first
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(unbroken, prepared, tmp_path):
     train(parse(prepared, tmp_path / "run", "steps=10"))
     newest = tmp_path / "run" / "checkpoints" / "00000010"
@@ -233,7 +253,7 @@ def test_a_loss_spike_rewinds_and_skips_the_data_that_caused_it(prepared, tmp_pa
 def test_too_many_steps_that_are_not_finite_end_the_run_with_a_message(prepared, tmp_path):
     with pytest.raises(UserError, match=r"4 steps in a row were not finite"):
         train(parse(prepared, tmp_path / "run", "optimizer.learning_rate=1e38", "stability.max_skipped=3", "clip=null"))
-    assert events(tmp_path / "run").count("skipped") == 4
+    assert events(tmp_path / "run").count("nonfinite") == 4
 
 
 # --- what is refused, before anything is written ---

@@ -171,7 +171,7 @@ def poisoned(seed):
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     state, metrics = run(run_config(), 3, poisoned)
-    assert [m["skipped"] for m in metrics] == [0, 1, 0]
+    assert [m["nonfinite"] for m in metrics] == [0, 1, 0]
     sound, _ = run(run_config(), 2, lambda seed: random_batch(seed=2 * seed))  # steps 0 and 2 alone
     chex.assert_trees_all_equal(state.params, sound.params)
     chex.assert_trees_all_equal(state.opt, sound.opt)
@@ -181,7 +181,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
 def test_a_float16_overflow_skips_the_step_halves_the_scale_and_is_counted():
     cfg = run_config("precision={kind: float16, initial_scale: 1e30, growth_interval: 2}", ADAMW)
     state, metrics = run(cfg, 2)
-    assert [m["skipped"] for m in metrics] == [1, 1]
+    assert [m["nonfinite"] for m in metrics] == [1, 1]
     assert float(state.scale.scale) == pytest.approx(1e30 / 4)
     assert int(state.scale.overflows) == 2
     chex.assert_trees_all_equal(state.params, init_state(set_up(cfg, jax.devices()[:1])).params)
@@ -191,7 +191,7 @@ def test_a_float16_overflow_skips_the_step_halves_the_scale_and_is_counted():
 def test_half_precision_follows_float32(kind, tolerance):
     half, full = run(run_config(f"precision.kind={kind}", ADAMW), 6)[1], run(run_config(ADAMW), 6)[1]
     assert half[-1]["loss"] == pytest.approx(full[-1]["loss"], rel=tolerance)
-    assert half[-1]["skipped"] == 0
+    assert half[-1]["nonfinite"] == 0
 
 
 def test_master_weights_and_optimizer_state_stay_float32_in_bfloat16_runs():

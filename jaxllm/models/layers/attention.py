@@ -15,6 +15,7 @@ from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import constant, param
 from jaxllm.models.layers.position import Rotation, alibi_slopes, rotate
 from jaxllm.models.masks import Coords
+from jaxllm.models.remat import recomputed
 
 
 class Tokens(NamedTuple):
@@ -136,19 +137,24 @@ def attend(
     q_BKGTH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     logits_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
-    if bias is not None:
-        logits_BKGTS += bias.reshape(bias.shape[0], K, N // K, *bias.shape[2:])
-    logits_BKGTS = jnp.where(visible_BTS[:, None, None], logits_BKGTS, jnp.finfo(jnp.float32).min)
-    # softmax(x) v = (exp(x - max) v) / sum(exp(x - max)): divided last, there is one [T, S] array less to keep.
-    weights_BKGTS = jnp.exp(logits_BKGTS - jax.lax.stop_gradient(logits_BKGTS.max(-1, keepdims=True)))
-    total_BKGT1 = weights_BKGTS.sum(-1, keepdims=True)
-    if dropout and key is not None:
-        keep = jax.random.bernoulli(key, 1 - dropout, weights_BKGTS.shape)
-        weights_BKGTS = jnp.where(keep, weights_BKGTS / (1 - dropout), 0)
-    o_BKGTH = jnp.einsum(
-        "BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BSKH.dtype), v_BKSH, preferred_element_type=jnp.float32
-    )
-    o_BKGTH = (o_BKGTH / total_BKGT1).astype(v_BSKH.dtype)
+
+    def mix(logits_BKGTS: Array, v_BKSH: Array) -> Array:
+        if softcap is not None:
+            logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
+        if bias is not None:
+            logits_BKGTS += bias.reshape(bias.shape[0], K, N // K, *bias.shape[2:])
+        logits_BKGTS = jnp.where(visible_BTS[:, None, None], logits_BKGTS, jnp.finfo(jnp.float32).min)
+        # softmax(x) v = (exp(x - max) v) / sum(exp(x - max))
+        weights_BKGTS = jnp.exp(logits_BKGTS - jax.lax.stop_gradient(logits_BKGTS.max(-1, keepdims=True)))
+        total_BKGT1 = weights_BKGTS.sum(-1, keepdims=True)
+        if dropout and key is not None:
+            keep = jax.random.bernoulli(key, 1 - dropout, weights_BKGTS.shape)
+            weights_BKGTS = jnp.where(keep, weights_BKGTS / (1 - dropout), 0)
+        o_BKGTH = jnp.einsum(
+            "BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32
+        )
+        return (o_BKGTH / total_BKGT1).astype(v_BKSH.dtype)
+
+    # Of the [T, S] arrays only the logits are kept for the backward pass.
+    o_BKGTH = recomputed(mix)(logits_BKGTS, v_BKSH)
     return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -24,7 +24,9 @@ def std(cfg: DecoderConfig, weight: Weight) -> float:
     init = cfg.init
     match init.kind:
         case "fan_in":
-            return init.embedding if weight.role == "embedding" else math.sqrt(init.scale / weight.fan_in)
+            if weight.role != "embedding":
+                return math.sqrt(init.scale / weight.fan_in)
+            return init.embedding or (cfg.embed**-0.5 if cfg.tie else 1.0)  # a tied head wants logits of unit variance
         case "normal":
             return init.std / (math.sqrt(2 * cfg.num_layers) if weight.role == "residual" and init.scale_residual else 1.0)
         case "small":
