@@ -24,7 +24,9 @@ def run_folder(tmp_path_factory):
     block = Block(attention=Attention(num_heads=2), ffn=FFN(mlp=16))
     cfg = DecoderConfig(vocab=tokenizer.vocab_size + 64, context=64, embed=16, num_layers=2, block=block)
     made = jax.jit(lambda key: create(cfg, key))
-    with Checkpointer(folder / "checkpoints", Checkpoints(), cfg, extra_files={"tokenizer": folder / "tokenizer"}) as saver:
+    with Checkpointer(
+        folder / "checkpoints", Checkpoints(), cfg, extra_files={"tokenizer": folder / "tokenizer"}
+    ) as saver:
         for step in (5, 7):
             saver.save(step, {"step": jnp.int32(step), "params": made(jax.random.key(step))}, {})
     return folder

@@ -9,7 +9,6 @@ from flax import nnx
 
 from jaxllm.core.shapes import Array, Bool, Float, Int
 from jaxllm.inference.config import Beam
-from jaxllm.models.decoder import Cache
 from jaxllm.models.module import Params, merge
 
 
@@ -58,7 +57,9 @@ def beam_search(
     beams = Hypotheses(*empty, jnp.where(jnp.arange(W) == 0, 0.0, -jnp.inf) * jnp.ones((B, 1)))
     best = Hypotheses(*empty, jnp.full((B, W), -jnp.inf)).gather(jnp.zeros((B, 1), jnp.int32))
 
-    def choose(beams: Hypotheses, best: Hypotheses, logits_RV: Array, now: Array) -> tuple[Hypotheses, Hypotheses, Array]:
+    def choose(
+        beams: Hypotheses, best: Hypotheses, logits_RV: Array, now: Array
+    ) -> tuple[Hypotheses, Hypotheses, Array]:
         """The beams one token later, the best finished sequences, and which beam each beam goes on from."""
         logprobs_RV = jax.nn.log_softmax(logits_RV)
         logprobs_BWV = jnp.where(jnp.arange(V) < known, logprobs_RV, -jnp.inf).reshape(B, W, V)

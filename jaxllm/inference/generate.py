@@ -125,7 +125,9 @@ def generate(
 
     def take(tokens_SB: np.ndarray, logprobs_SB: np.ndarray) -> None:
         if np.isnan(logprobs_SB).any():
-            raise CheckpointError("the model's logits are not numbers (NaN): its weights are damaged, or diverged in training")
+            raise CheckpointError(
+                "the model's logits are not numbers (NaN): its weights are damaged, or diverged in training"
+            )
         for tokens, logprobs in zip(tokens_SB.tolist(), logprobs_SB.tolist(), strict=True):
             for b, row in enumerate(rows):
                 piece = row.take(tokens[b], logprobs[b], last=len(row.tokens) + 1 == max_new_tokens)
@@ -134,7 +136,8 @@ def generate(
 
     if isinstance(sampling, Beam):
         take(*jax.device_get(beam_search(
-            graphdef, sampling, bucket(max_new_tokens), capacity, params, tokens_BT, pad_B, prefix_B, known, eos, np.int32(max_new_tokens)
+            graphdef, sampling, bucket(max_new_tokens), capacity, params, tokens_BT, pad_B, prefix_B, known, eos,
+            np.int32(max_new_tokens),
         )))  # fmt: skip
         return [row.completion() for row in rows]
 
@@ -143,7 +146,9 @@ def generate(
     take(*jax.device_get((state.tokens_B[None], logprob_B[None])))
     while not all(done := [row.ended is not None for row in rows]):
         steps = min(1 if show else STEPS, max_new_tokens - int(state.count))
-        state, *said, ran = _advance(graphdef, sampling, params, state, known, keys_B, eos, np.array(done), np.int32(steps))
+        state, *said, ran = _advance(
+            graphdef, sampling, params, state, known, keys_B, eos, np.array(done), np.int32(steps)
+        )
         tokens_SB, logprobs_SB, ran = jax.device_get((*said, ran))
         take(tokens_SB[:ran], logprobs_SB[:ran])
     return [row.completion() for row in rows]
@@ -196,7 +201,7 @@ def _advance(
     done_B: Bool[Array, " B"],
     steps: Int[Array, ""],
 ) -> tuple[State, Int[Array, "S B"], Float[Array, "S B"], Int[Array, ""]]:
-    """The state up to `steps` tokens later (fewer if all rows end), these tokens, their log-probabilities, their number."""
+    """The state `steps` tokens later (fewer if all rows end), these tokens, their log-probabilities, their number."""
     model = merge(graphdef, params)
 
     def going(carry):
@@ -258,7 +263,7 @@ class _Row:
 
 
 def stop_at(text: str, stop: Sequence[str], before: int = 0) -> int | None:
-    """Where the first stop text to be complete begins; None if there is none. The first `before` characters have none."""
+    """Where the first stop text to be complete begins; None without one. The first `before` characters hold none."""
     found = []
     for s in stop:
         at = text.find(s, max(0, before - len(s) + 1))
@@ -285,6 +290,6 @@ def _check(cfg: DecoderConfig, prompts: Sequence[Sequence[int]], max_new_tokens:
         if n + max_new_tokens > cfg.context:
             room = f"ask for at most {cfg.context - n}" if n < cfg.context else f"shorten it below {cfg.context}"
             raise ConfigError(
-                f"prompt {i} has {n} tokens and max_new_tokens={max_new_tokens}: together more than the model's context "
-                f"of {cfg.context}; {room}"
+                f"prompt {i} has {n} tokens and max_new_tokens={max_new_tokens}: together more than the model's "
+                f"context of {cfg.context}; {room}"
             )

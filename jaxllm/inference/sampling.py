@@ -90,7 +90,7 @@ def draw(logits_BV: Logits, keys_B: Key[Array, " B"]) -> Int[Array, " B"]:
     """A token of each row, by inversion of its cumulative distribution: one random number a row, not one a token."""
     probs_BV = jax.nn.softmax(logits_BV)
     possible_BV = probs_BV > 0
-    # A parallel sum need not grow monotonically to the last bit: the impossible are left out by name, not by their width.
+    # A parallel sum need not be monotonic to the last bit: the impossible are left out by name, not by their width.
     below_BV = jnp.where(possible_BV, jnp.cumsum(probs_BV, -1), 0)
     point_B = jax.vmap(jax.random.uniform)(keys_B) * jnp.max(below_BV, -1)
     V = logits_BV.shape[-1]

@@ -12,7 +12,8 @@ from jaxllm.models.config import FFN, Attention, Block, DecoderConfig, RMSNorm
 from jaxllm.models.module import split
 
 NARROW = DecoderConfig(
-    vocab=4, context=32, embed=8, num_layers=2, block=Block(attention=Attention(num_heads=2, num_kv_heads=1), ffn=FFN(mlp=8))
+    vocab=4, context=32, embed=8, num_layers=2,
+    block=Block(attention=Attention(num_heads=2, num_kv_heads=1), ffn=FFN(mlp=8))
 )  # fmt: skip
 EOS = 2
 
@@ -38,7 +39,9 @@ def test_beams_as_many_as_sequences_find_the_best_of_all(penalty):
     for seed in range(4):
         model = random_model(NARROW, seed)
         sampling = Beam(width=4**3, length_penalty=penalty)
-        for prompt, got in zip(prompts, generate(model, prompts, max_new_tokens=3, sampling=sampling, eos_id=EOS), strict=True):
+        for prompt, got in zip(
+            prompts, generate(model, prompts, max_new_tokens=3, sampling=sampling, eos_id=EOS), strict=True
+        ):
             _, tokens, logprobs = exhaustive(model, prompt, 3, penalty)
             assert got.tokens == tokens and got.finish == ("eos" if tokens[-1] == EOS else "length")
             np.testing.assert_allclose(got.logprobs, logprobs, atol=1e-4)
@@ -57,16 +60,22 @@ def as_transformers(cfg, params):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     a = cfg.block.attention
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=cfg.vocab, hidden_size=cfg.embed, intermediate_size=cfg.block.ffn.mlp, num_hidden_layers=cfg.num_layers,
+        vocab_size=cfg.vocab, hidden_size=cfg.embed, intermediate_size=cfg.block.ffn.mlp,
+        num_hidden_layers=cfg.num_layers,
         num_attention_heads=a.num_heads, num_key_value_heads=a.kv_heads, rms_norm_eps=cfg.block.norm.epsilon,
         rope_theta=cfg.position.theta, max_position_embeddings=cfg.context, tie_word_embeddings=False,
     ))  # fmt: skip
     names = {
         "self_attn.q_proj": "attention.w_q", "self_attn.k_proj": "attention.w_k", "self_attn.v_proj": "attention.w_v",
         "self_attn.o_proj": "attention.w_o", "mlp.gate_proj": "ffn.w_gate", "mlp.up_proj": "ffn.w_up",
-        "mlp.down_proj": "ffn.w_down", "input_layernorm": "norm_attention.scale", "post_attention_layernorm": "norm_ffn.scale",
+        "mlp.down_proj": "ffn.w_down", "input_layernorm": "norm_attention.scale",
+        "post_attention_layernorm": "norm_ffn.scale",
     }  # fmt: skip
-    state = {"model.embed_tokens.weight": params["embedding"], "model.norm.weight": params["final_norm.scale"], "lm_head.weight": params["head"].T}
+    state = {
+        "model.embed_tokens.weight": params["embedding"],
+        "model.norm.weight": params["final_norm.scale"],
+        "lm_head.weight": params["head"].T,
+    }
     for i in range(cfg.num_layers):
         for name, ours in names.items():
             x = np.asarray(params[f"blocks.0.{ours}"][i])

@@ -73,18 +73,26 @@ def decoders(draw):
     norm = draw(st.sampled_from([RMSNorm(), LayerNorm()]))
     num_slots = draw(st.integers(1, 2))
     pattern = tuple(
-        Block(norm=norm, placement=draw(placement), attention=draw(attentions()), ffn=FFN(mlp=8, glu=draw(st.booleans())))
+        Block(
+            norm=norm, placement=draw(placement), attention=draw(attentions()), ffn=FFN(mlp=8, glu=draw(st.booleans()))
+        )
         for _ in range(num_slots)
     )
     return dict(
-        vocab=V, context=32, embed=12, num_layers=num_slots + draw(st.integers(0, 2)), pattern=pattern, tie=draw(st.booleans()),
+        vocab=V, context=32, embed=12, num_layers=num_slots + draw(st.integers(0, 2)), pattern=pattern,
+        tie=draw(st.booleans()),
         position=draw(positions), logit_softcap=draw(st.sampled_from([None, 30.0])), dropout=Dropout(residual=0.3),
     )  # fmt: skip
 
 
 # Each example compiles a program: to shrink one that fails would take many minutes.
 @settings(derandomize=True, max_examples=25, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
-@given(fields=decoders(), lengths=st.tuples(st.integers(2, 6), st.integers(2, 6)), prefix=st.booleans(), seed=st.integers(0, 99))
+@given(
+    fields=decoders(),
+    lengths=st.tuples(st.integers(2, 6), st.integers(2, 6)),
+    prefix=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_cached_decode_of_a_padded_batch_is_the_full_forward_of_each_row_alone(fields, lengths, prefix, seed):
     new, T = 4, max(lengths) + 1  # at least one token of padding everywhere
     graphdef, params = split(random_model(DecoderConfig(**fields), seed))
@@ -119,7 +127,9 @@ def follow(model, prompt, count):
     @jax.jit
     def logprobs(params, tokens_T):
         T = len(tokens_T)
-        return jax.nn.log_softmax(merge(graphdef, params)(tokens_T[None], jnp.arange(T)[None], jnp.ones((1, T), jnp.int32))[0])
+        return jax.nn.log_softmax(
+            merge(graphdef, params)(tokens_T[None], jnp.arange(T)[None], jnp.ones((1, T), jnp.int32))[0]
+        )
 
     tokens, chosen = list(prompt), []
     for _ in range(count):
@@ -161,7 +171,9 @@ def test_draws_of_rows_and_positions_do_not_hang_together():
     for along in (tokens, tokens.T):
         pairs = along[1:].size
         assert np.sum(along[1:] == along[:-1]) == pytest.approx(pairs / V, abs=4 * np.sqrt(pairs / V))
-    assert np.bincount(tokens.ravel(), minlength=V) == pytest.approx(np.full(V, tokens.size / V), abs=4 * np.sqrt(tokens.size / V))
+    assert np.bincount(tokens.ravel(), minlength=V) == pytest.approx(
+        np.full(V, tokens.size / V), abs=4 * np.sqrt(tokens.size / V)
+    )
 
 
 def test_repetition_penalty_counts_prompt_and_completion():
@@ -171,7 +183,9 @@ def test_repetition_penalty_counts_prompt_and_completion():
 
 
 def test_only_ids_of_the_tokenizer_are_said():
-    tokens = [c.tokens for s in SAMPLINGS for c in generate(tiny(), PROMPTS, max_new_tokens=20, sampling=s, vocab_size=5)]
+    tokens = [
+        c.tokens for s in SAMPLINGS for c in generate(tiny(), PROMPTS, max_new_tokens=20, sampling=s, vocab_size=5)
+    ]
     assert max(map(max, tokens)) < 5
 
 
@@ -311,12 +325,17 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(prompt, new, mes
 
 def test_prompt_and_completion_may_fill_the_context():
     prompt = list(range(20))
-    assert generate(tiny(position=Learned()), [prompt], max_new_tokens=44)[0].tokens[:5] == follow(tiny(position=Learned()), prompt, 5)[0]
+    assert (
+        generate(tiny(position=Learned()), [prompt], max_new_tokens=44)[0].tokens[:5]
+        == follow(tiny(position=Learned()), prompt, 5)[0]
+    )
 
 
 def test_a_model_that_sees_its_future_does_not_generate():
     with pytest.raises(ConfigError, match="attention.mask=full"):
-        generate(tiny(block=Block(attention=Attention(num_heads=4, mask=Full()), ffn=FFN(mlp=8))), [[1]], max_new_tokens=1)
+        generate(
+            tiny(block=Block(attention=Attention(num_heads=4, mask=Full()), ffn=FFN(mlp=8))), [[1]], max_new_tokens=1
+        )
 
 
 def test_damaged_weights_are_named():

@@ -34,7 +34,8 @@ def slow(cfg, row):
 @settings(derandomize=True, max_examples=40)
 @given(
     seed=st.integers(0, 10_000), ties=st.booleans(), temperature=st.sampled_from([0.1, 0.7, 1.0, 2.5]),
-    top_k=st.none() | st.integers(1, 2 * V), top_p=st.none() | st.floats(0.05, 1.0), min_p=st.none() | st.floats(0.01, 1.0),
+    top_k=st.none() | st.integers(1, 2 * V), top_p=st.none() | st.floats(0.05, 1.0),
+    min_p=st.none() | st.floats(0.01, 1.0),
 )  # fmt: skip
 def test_filters_leave_the_distribution_that_their_definitions_say(seed, ties, temperature, top_k, top_p, min_p):
     cfg = Sample(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -44,7 +45,9 @@ def test_filters_leave_the_distribution_that_their_definitions_say(seed, ties, t
 
 
 @pytest.mark.parametrize(
-    "cfg", [Sample(), Sample(temperature=0.5), Sample(top_k=4), Sample(top_p=0.8), Sample(min_p=0.1, temperature=2.0)], ids=repr
+    "cfg",
+    [Sample(), Sample(temperature=0.5), Sample(top_k=4), Sample(top_p=0.8), Sample(min_p=0.1, temperature=2.0)],
+    ids=repr,
 )
 def test_tokens_are_drawn_as_often_as_they_are_probable(cfg):
     scipy_stats = pytest.importorskip("scipy.stats")
@@ -95,7 +98,9 @@ def test_processed_logits_are_those_of_transformers(cfg):
 
     logits = logits_of(4)
     seen_tokens = np.random.default_rng(5).integers(0, V, (3, 7))
-    theirs = process.RepetitionPenaltyLogitsProcessor(cfg.repetition_penalty)(torch.tensor(seen_tokens), torch.tensor(logits))
+    theirs = process.RepetitionPenaltyLogitsProcessor(cfg.repetition_penalty)(
+        torch.tensor(seen_tokens), torch.tensor(logits)
+    )
     theirs = process.TemperatureLogitsWarper(cfg.temperature)(None, theirs)
     if cfg.top_k:
         theirs = process.TopKLogitsWarper(cfg.top_k)(None, theirs)
