@@ -38,7 +38,9 @@ def _run(verb: str, *argv: str) -> int:
         return VERBS[verb][0](verb, list(argv)) or 0
     else:
         near = difflib.get_close_matches(verb, VERBS, n=1)
-        raise UserError(f"no verb {verb!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(VERBS)}"))
+        raise UserError(
+            f"no verb {verb!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(VERBS)}")
+        )
     return 0
 
 
@@ -53,7 +55,9 @@ def _generate(verb: str, argv: list[str]) -> None:
     parser.add_argument("--fields", action="store_true", help="list every field of the config and stop")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="prompt=[TEXT]; more than once for a batch")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="max_new_tokens=N")
-    parser.add_argument("--temperature", type=float, metavar="T", help="sampling.temperature=T; 0: sampling.kind=greedy")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="sampling.temperature=T; 0: sampling.kind=greedy"
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="sampling.top_k=K")
     parser.add_argument("--top-p", type=float, metavar="P", help="sampling.top_p=P")
     parser.add_argument("--seed", type=int, metavar="N", help="seed=N")

@@ -34,7 +34,11 @@ def examine(config: str | None = None, overrides: Sequence[str] = ()) -> int:
         remedy = f"\n{'':24}-> {finding.remedy}" if finding.remedy else ""
         print(f"{MARKS[finding.state]}  {finding.subject:19} {finding.found}{remedy}", flush=True)
         missing += finding.state == "missing"
-    print(f"\n{missing} needed thing{'s are' if missing != 1 else ' is'} missing (!!)" if missing else "\nall that is needed is here")
+    print(
+        f"\n{missing} needed thing{'s are' if missing != 1 else ' is'} missing (!!)"
+        if missing
+        else "\nall that is needed is here"
+    )
     return int(missing > 0)
 
 
@@ -44,14 +48,20 @@ def findings(config: str | None, overrides: Sequence[str] = ()) -> Iterator[Find
     yield Finding("good" if new_enough else "missing", "python", f"{sys.version.split()[0]} at {sys.executable}",
                   "" if new_enough else "install Python 3.11 or newer")  # fmt: skip
     if installed("jaxllm") is None:
-        yield Finding("missing", "jaxllm", "runs from its folder but is not installed", "pip install -c constraints.txt -e .")
+        yield Finding(
+            "missing", "jaxllm", "runs from its folder but is not installed", "pip install -c constraints.txt -e ."
+        )
         return
     requirements = [Requirement(text) for text in importlib.metadata.requires("jaxllm")]
     needed = [r for r in requirements if not r.marker or r.marker.evaluate({"extra": ""})]
     broken = list(filter(None, map(unmet, needed)))
     yield from (Finding("missing", *problem) for problem in broken)
     if not broken:
-        yield Finding("good", "packages", f"{len(needed)} of {len(needed)} needed, among them jax {installed('jax')}, flax {installed('flax')}")
+        yield Finding(
+            "good",
+            "packages",
+            f"{len(needed)} of {len(needed)} needed, among them jax {installed('jax')}, flax {installed('flax')}",
+        )
     yield from untested()
     for extra in importlib.metadata.metadata("jaxllm").get_all("Provides-Extra"):
         of_extra = [r for r in requirements if r not in needed and r.marker.evaluate({"extra": extra})]
@@ -91,8 +101,12 @@ def untested() -> Iterator[Finding]:
     if not CONSTRAINTS.exists():
         return
     direct = {Requirement(text).name for text in importlib.metadata.requires("jaxllm")}
-    pins = [Requirement(line) for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
-    here = [pin for pin in pins if pin.name in direct and (not pin.marker or pin.marker.evaluate()) and installed(pin.name)]
+    pins = [
+        Requirement(line) for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"
+    ]
+    here = [
+        pin for pin in pins if pin.name in direct and (not pin.marker or pin.marker.evaluate()) and installed(pin.name)
+    ]
     other = [pin for pin in here if not pin.specifier.contains(Version(installed(pin.name)).public, prereleases=True)]
     if other:
         shown = ", ".join(f"{pin.name} {installed(pin.name)} (tested: {str(pin.specifier)[2:]})" for pin in other)
@@ -110,18 +124,29 @@ def machine() -> Iterator[Finding]:
     try:
         devices = jax.devices()
     except RuntimeError as e:  # a platform asked for by name that cannot start
-        yield Finding("missing", "devices", " ".join(str(e).split()), "unset JAX_PLATFORMS, or install the extra of that platform")
+        yield Finding(
+            "missing", "devices", " ".join(str(e).split()), "unset JAX_PLATFORMS, or install the extra of that platform"
+        )
         return
     first = devices[0]
     stats = first.memory_stats() or {}  # the CPU has none
     memory = f", {stats['bytes_limit'] / 2**30:.1f} GiB each" if "bytes_limit" in stats else ""
-    yield Finding("good", "devices", f"{len(devices)} x {first.device_kind} ({first.platform}{memory}), {jax.process_count()} process(es)")
+    yield Finding(
+        "good",
+        "devices",
+        f"{len(devices)} x {first.device_kind} ({first.platform}{memory}), {jax.process_count()} process(es)",
+    )
     if first.platform == "cpu" and shutil.which("nvidia-smi"):
         yield Finding("note", "GPU", "there is one, but JAX does not use it", "pip install 'jaxllm[cuda]'")
     keep_compiled_programs()
     yield Finding("good", "compiled programs", f"kept in {jax.config.jax_compilation_cache_dir}")
     free = shutil.disk_usage(".").free / 2**30
-    yield Finding("good" if free > 5 else "note", "disk", f"{free:.0f} GiB free here", "" if free > 5 else "make room: checkpoints need it")
+    yield Finding(
+        "good" if free > 5 else "note",
+        "disk",
+        f"{free:.0f} GiB free here",
+        "" if free > 5 else "make room: checkpoints need it",
+    )
 
 
 def fit(config: str, overrides: Sequence[str] = ()) -> Iterator[Finding]:
@@ -146,7 +171,11 @@ def fit(config: str, overrides: Sequence[str] = ()) -> Iterator[Finding]:
     try:
         prepared = open_prepared(cfg.data.path)
         cfg = fit_to_data(cfg, prepared)
-        yield Finding("good", "data", f"{cfg.data.path}: {sum(t['train']['rows'] for t in prepared.manifest['tasks'].values())} rows of {prepared.length} tokens")
+        yield Finding(
+            "good",
+            "data",
+            f"{cfg.data.path}: {sum(t['train']['rows'] for t in prepared.manifest['tasks'].values())} rows of {prepared.length} tokens",
+        )
         setup = set_up(cfg)
         for rows in cfg.ramp_sizes():
             abstract_batch(setup, rows // cfg.accumulate, prepared.length)

@@ -21,7 +21,15 @@ MAY_IMPORT = {
     "studies": {"core", "data", "train", "evaluation"},
     "pallas_kernels": set(),
 }
-TOP = {"cli", "verbs", "generate", "doctor", "bench", "__init__", "__main__"}  # may import everything; nothing below imports them
+TOP = {
+    "cli",
+    "verbs",
+    "generate",
+    "doctor",
+    "bench",
+    "__init__",
+    "__main__",
+}  # may import everything; nothing below imports them
 
 
 def imported(path: Path) -> set[str]:
@@ -62,7 +70,9 @@ def test_every_package_has_its_place_in_the_order():
 
 def test_late_and_dotted_imports_are_seen(tmp_path):
     file = tmp_path / "late.py"
-    file.write_text("def f():\n    from jaxllm import cli\n    import jaxllm.train.loop as loop\n    import pallas_kernels\n")
+    file.write_text(
+        "def f():\n    from jaxllm import cli\n    import jaxllm.train.loop as loop\n    import pallas_kernels\n"
+    )
     assert imported(file) == {"cli", "train", "pallas_kernels"}
 
 

@@ -86,6 +86,7 @@ def test_an_interrupt_is_status_130_and_any_other_error_keeps_its_traceback(monk
     def raises(error):
         def verb(*args):
             raise error
+
         return verb
 
     monkeypatch.setattr(verbs, "train", raises(KeyboardInterrupt()))
@@ -111,10 +112,10 @@ def test_overrides_may_stand_on_either_side_of_flags(asked):
 def test_flags_of_generate_are_short_for_overrides(asked, tmp_path, flags, sampling):
     file = tmp_path / "g.yaml"
     file.write_text("model: runs/x\nprompt: [a]\nsampling: {kind: beam, width: 2}\n")
-    cli.main(["generate", str(file), *flags, "--prompt", "é\n: \"x\"", "--seed", "3", "--max-new-tokens", "5"])
-    (config, overrides), = asked
+    cli.main(["generate", str(file), *flags, "--prompt", 'é\n: "x"', "--seed", "3", "--max-new-tokens", "5"])
+    ((config, overrides),) = asked
     cfg = load(GenerateConfig, config, overrides)
-    assert cfg == GenerateConfig(model="runs/x", prompt=("é\n: \"x\"",), sampling=sampling, seed=3, max_new_tokens=5)
+    assert cfg == GenerateConfig(model="runs/x", prompt=('é\n: "x"',), sampling=sampling, seed=3, max_new_tokens=5)
 
 
 def test_top_k_of_a_greedy_choice_is_refused(tmp_path, capsys):
@@ -138,7 +139,11 @@ def test_a_notebook_may_hand_over_a_config_object():
 def test_a_config_tells_which_verb_it_is_for(tmp_path):
     generate = tmp_path / "g.yaml"
     generate.write_text(dump(GenerateConfig(model="x", prompt=("a",))))
-    assert [verbs.verb_of(p) for p in (ROOT / "configs/data/quickstart.yaml", QUICKSTART, generate)] == ["prepare", "train", "generate"]
+    assert [verbs.verb_of(p) for p in (ROOT / "configs/data/quickstart.yaml", QUICKSTART, generate)] == [
+        "prepare",
+        "train",
+        "generate",
+    ]
 
 
 def test_a_report_draws_both_curves_and_skips_a_half_written_line(tmp_path, capsys):
@@ -162,7 +167,11 @@ def pixels(png: bytes) -> bytes:
 
 def test_doctor_tells_missing_from_old_from_good():
     assert doctor.unmet(Requirement("numpy>=1")) is None
-    assert doctor.unmet(Requirement("no-such-package>=1")) == ("no-such-package", "is not installed", "pip install 'no-such-package>=1'")
+    assert doctor.unmet(Requirement("no-such-package>=1")) == (
+        "no-such-package",
+        "is not installed",
+        "pip install 'no-such-package>=1'",
+    )
     name, found, remedy = doctor.unmet(Requirement("numpy>=99"))
     assert (name, remedy) == ("numpy", "pip install 'numpy>=99'") and found.endswith("needed is >=99")
 
@@ -176,7 +185,9 @@ def test_doctor_finds_that_a_config_does_not_fit_what_is_here(tmp_path):
 
 
 def test_doctor_ends_with_status_1_if_something_needed_is_missing(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "findings", lambda state, _: iter([doctor.Finding(state, "jax", "is not here", "pip install jax")]))
+    monkeypatch.setattr(
+        doctor, "findings", lambda state, _: iter([doctor.Finding(state, "jax", "is not here", "pip install jax")])
+    )
     assert [doctor.examine(state) for state in ("missing", "note", "good")] == [1, 0, 0]
     assert capsys.readouterr().out.count("-> pip install jax") == 3
 

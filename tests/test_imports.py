@@ -26,7 +26,9 @@ def test_config_schemas_load_no_jax(module):
     assert not loaded(f"import jaxllm.{module}") & (HEAVY | {"jax", "flax", "numpy"})
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--fields"], ["train", "no_such.yaml"], ["trian"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["train", "--fields"], ["train", "no_such.yaml"], ["trian"]], ids=" ".join
+)
 def test_the_command_line_answers_without_jax(argv):
     assert not loaded(f"from jaxllm.cli import main; main({argv})") & (HEAVY | {"jax", "flax", "numpy"})
 

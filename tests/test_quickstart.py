@@ -9,14 +9,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["schedule.warmup=5", "steps=30", "model.embed=32", "model.num_layers=2", "model.block.ffn.mlp=64", "model.block.attention.num_heads=2"]
+SMALL = [
+    "schedule.warmup=5",
+    "steps=30",
+    "model.embed=32",
+    "model.num_layers=2",
+    "model.block.ffn.mlp=64",
+    "model.block.attention.num_heads=2",
+]
 
 
 @pytest.mark.slow
 def test_the_quickstart_ends_with_bits_per_byte_beside_a_bigram_and_a_completion(tmp_path):
     def python(*argv: str) -> str:
         env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-        done = subprocess.run([sys.executable, *argv], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, *argv], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -25,7 +34,9 @@ def test_the_quickstart_ends_with_bits_per_byte_beside_a_bigram_and_a_completion
            "tokenizer.vocab=300", "validation=0.2")  # fmt: skip
     python("-m", "jaxllm", "train", str(train), *SMALL)
     lines = python(str(ROOT / "notebooks/quickstart.py"), str(train), *SMALL).splitlines()
-    last = re.fullmatch(r"quickstart: model (\d\.\d+) bits/byte, bigram (\d\.\d+) bits/byte, run folder runs/quickstart", lines[-1])
+    last = re.fullmatch(
+        r"quickstart: model (\d\.\d+) bits/byte, bigram (\d\.\d+) bits/byte, run folder runs/quickstart", lines[-1]
+    )
     model, bigram = map(float, last.groups())
     assert 1 < bigram < 5 and 1 < model < 8
     assert any(line.startswith("def ") for line in lines)

@@ -24,7 +24,16 @@ import numpy as np
 from jaxllm.bench import compare
 from jaxllm.core.errors import UserError
 
-SHAPE = {"vocab": 256, "embed": 256, "num_layers": 4, "num_heads": 4, "head_dim": 64, "mlp": 688, "seq": 256, "batch": 8}
+SHAPE = {
+    "vocab": 256,
+    "embed": 256,
+    "num_layers": 4,
+    "num_heads": 4,
+    "head_dim": 64,
+    "mlp": 688,
+    "seq": 256,
+    "batch": 8,
+}
 RATE, DECAY, BETAS = 3e-4, 0.1, (0.9, 0.95)
 WARM_UP, STEPS = 3, 10  # steps before the clock starts, once; steps a round
 
@@ -92,9 +101,11 @@ def _rows() -> np.ndarray:
 def our_steps(precision: str) -> Callable[[int], float]:
     """Runs that many of our training steps, the batch brought from the host each time, and returns the last loss."""
     from jaxllm.core.config import parse
+    from jaxllm.train import runtime
     from jaxllm.train.config import RunConfig
     from jaxllm.train.step import init_state, make_train_step, place_batch, set_up
 
+    runtime.start(compile_cache=False)  # as `jaxllm train` does
     attention = {"num_heads": SHAPE["num_heads"], "head_dim": SHAPE["head_dim"]}
     tree = {
         "out": "", "data": {"path": ""}, "steps": 1000, "batch": SHAPE["batch"], "precision": precision, "clip": 1.0,

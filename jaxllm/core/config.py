@@ -155,7 +155,9 @@ def fields(schema: type[Config], prefix: str = "", _above: tuple[type, ...] = ()
                 continue
             for f in fields(t, inner, (*_above, schema)):
                 if f.path != f"{inner}kind":
-                    yield f._replace(path=f.path + (f"  ({_kind(t)})" if len(kinds) > 1 and "  (" not in f.path else ""))
+                    yield f._replace(
+                        path=f.path + (f"  ({_kind(t)})" if len(kinds) > 1 and "  (" not in f.path else "")
+                    )
 
 
 def _set(tree: Any, keys: list[str], value: Any) -> Any:
@@ -194,7 +196,9 @@ def _check_version(schema: type[Config], tree: dict, name: str) -> None:
     known = schema.model_fields["version"].default if "version" in schema.model_fields else None
     asked = tree.get("version", known)
     if isinstance(asked, int) and known is not None and asked > known:
-        raise ConfigError(f"{name}: config version {asked} is newer than version {known}, the newest this jaxllm reads; upgrade jaxllm")
+        raise ConfigError(
+            f"{name}: config version {asked} is newer than version {known}, the newest this jaxllm reads; upgrade jaxllm"
+        )
 
 
 def _explain(schema: type[Config], err: dict) -> str:
@@ -293,7 +297,9 @@ def _comments(schema: type[Config]) -> dict[str, str]:
 
 
 def _nearby(path: Path) -> str:
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
+    near = difflib.get_close_matches(
+        path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    )
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 

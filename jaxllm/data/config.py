@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config, union
 
-
 # --- sources: where documents come from ------------------------------------------------------------------------
 
 
@@ -85,7 +84,9 @@ class TiktokenTokenizer(_Tokenizer):
 
     kind: Literal["tiktoken"] = "tiktoken"
     file: str  # the .tiktoken file
-    encoding: Literal["gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base", "llama3"]  # its split pattern and special tokens
+    encoding: Literal[
+        "gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base", "llama3"
+    ]  # its split pattern and special tokens
 
 
 class _Trained(_Tokenizer):

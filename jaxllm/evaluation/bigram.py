@@ -26,7 +26,9 @@ def bigram_bits_per_byte(prepared: Prepared) -> float:
     seen = count(spans(text_of, (rows[r] for rows, n in training for r in range(n))))
     held_out = count(spans(text_of, validation_rows(prepared)))
     if not (seen.any() and held_out.any()):
-        raise DataError(f"{prepared.path}: a bigram needs text in both splits; set `validation` above 0 and prepare again")
+        raise DataError(
+            f"{prepared.path}: a bigram needs text in both splits; set `validation` above 0 and prepare again"
+        )
     return float(-(held_out * np.log2(probabilities(seen))).sum() / held_out.sum())
 
 

@@ -196,7 +196,9 @@ class FanIn(Config):
 
     kind: Literal["fan_in"] = "fan_in"
     scale: float = Field(1.0, gt=0)  # variance times fan-in
-    embedding: float | None = Field(None, gt=0)  # std of embedding rows; null: 1, or embed^(-1/2) where the head is tied
+    embedding: float | None = Field(
+        None, gt=0
+    )  # std of embedding rows; null: 1, or embed^(-1/2) where the head is tied
 
 
 class Normal(Config):
@@ -264,7 +266,9 @@ class DecoderConfig(Config):
         for block in self.blocks:
             a = block.attention
             if a.head_dim is None and self.embed % a.num_heads:
-                raise ValueError(f"embed={self.embed} must be a multiple of num_heads={a.num_heads}, or set attention.head_dim")
+                raise ValueError(
+                    f"embed={self.embed} must be a multiple of num_heads={a.num_heads}, or set attention.head_dim"
+                )
             if isinstance(self.position, RoPE) and (self.rotary_dim(a) % 2 or not self.rotary_dim(a)):
                 raise ValueError(
                     f"position.fraction={self.position.fraction} rotates {self.rotary_dim(a)} of head_dim={self.head_dim(a)}: "

@@ -55,7 +55,9 @@ class Decoder(nnx.Module):
         if cfg.vocab is None:
             raise ConfigError("model.vocab is not set; give it, or build the model from prepared data")
         self.cfg, self.scan, self.remat = cfg, scan, remat
-        self.embedding = param(rngs, std(cfg, Weight("embedding", cfg.vocab, cfg.embed)), vocab=cfg.vocab, embed=cfg.embed)
+        self.embedding = param(
+            rngs, std(cfg, Weight("embedding", cfg.vocab, cfg.embed)), vocab=cfg.vocab, embed=cfg.embed
+        )
         if cfg.position.kind == "learned":
             self.positions = param(
                 rngs, std(cfg, Weight("embedding", cfg.context, cfg.embed)), position=cfg.context, embed=cfg.embed
@@ -66,7 +68,9 @@ class Decoder(nnx.Module):
         key = rngs.params()
         P, G = len(cfg.blocks), cfg.num_groups
         self.blocks = nnx.List([stacked(cfg, cfg.blocks[s], key, s + P * jnp.arange(G)) for s in range(P)])
-        self.tail = nnx.List([make(cfg, cfg.layer(i), jax.random.fold_in(key, i)) for i in range(P * G, cfg.num_layers)])
+        self.tail = nnx.List(
+            [make(cfg, cfg.layer(i), jax.random.fold_in(key, i)) for i in range(P * G, cfg.num_layers)]
+        )
         if cfg.final_norm:
             self.final_norm = Norm(cfg.blocks[-1].norm, embed=cfg.embed)
         if not cfg.tie:
@@ -168,7 +172,9 @@ class Decoder(nnx.Module):
                 out = jax.tree.map(lambda a, n: jax.lax.dynamic_update_slice_in_dim(a, n, slot, 1), all_kv, new)
                 here = out
             else:
-                out = jax.tree.map(lambda a, n: jax.lax.dynamic_update_slice(a, n[None], (group, 0, slot, 0, 0)), all_kv, new)
+                out = jax.tree.map(
+                    lambda a, n: jax.lax.dynamic_update_slice(a, n[None], (group, 0, slot, 0, 0)), all_kv, new
+                )
                 here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, group, 0, keepdims=False), out)
             index = now - (now - jnp.arange(size)) % size  # slot j holds the newest token i <= now with i = j mod size
             return out, here, padded_tokens(index[None], cache.pad_B, cache.prefix_B)
@@ -182,7 +188,9 @@ class Decoder(nnx.Module):
                 out.append(kv)
             return (x_BTD, tuple(out)), None
 
-        carry, _ = jax.lax.scan(group_step, (x_BTD, cache.blocks), (jnp.arange(self.cfg.num_groups), tuple(self.blocks)))
+        carry, _ = jax.lax.scan(
+            group_step, (x_BTD, cache.blocks), (jnp.arange(self.cfg.num_groups), tuple(self.blocks))
+        )
         x_BTD, blocks = carry
         tail = []
         for block, kv in zip(self.tail, cache.tail, strict=True):
@@ -207,7 +215,9 @@ class Decoder(nnx.Module):
         x_BTD = drop(x_BTD, cfg.dropout.embedding, None if key is None else jax.random.fold_in(key, cfg.num_layers))
         return constrain(x_BTD, "batch", "seq", "embed")
 
-    def layers(self, x_BTD: Float[Array, "B T D"], tokens: Tokens, key: Key[Array, ""] | None = None, keep: bool = False):
+    def layers(
+        self, x_BTD: Float[Array, "B T D"], tokens: Tokens, key: Key[Array, ""] | None = None, keep: bool = False
+    ):
         """The residual stream after all layers; with `keep` also each layer's keys and values, as `Cache` has them."""
         cfg, P = self.cfg, len(self.cfg.blocks)
         layer = self._layer(tokens)
@@ -235,9 +245,7 @@ class Decoder(nnx.Module):
             return x_BTD, tuple(kvs)
 
         firsts = P * jnp.arange(cfg.num_groups)
-        x_BTD, kvs = jax.lax.scan(
-            group, x_BTD, (firsts, tuple(self.blocks)), unroll=1 if self.scan else cfg.num_groups
-        )
+        x_BTD, kvs = jax.lax.scan(group, x_BTD, (firsts, tuple(self.blocks)), unroll=1 if self.scan else cfg.num_groups)
         tail = []
         for t, block in enumerate(self.tail):
             x_BTD, kv = alone(block, x_BTD, jnp.int32(P * cfg.num_groups + t))

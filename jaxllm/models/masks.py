@@ -4,7 +4,7 @@ A mask answers for a query and a key, given as coordinates, whether the query se
 only, so the same value works on numpy arrays, traced JAX arrays and plain integers, and needs no JAX to load.
 """
 
-from typing import Annotated, Any, Literal, NamedTuple, Union
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
@@ -129,7 +129,7 @@ class Some(_Combines):
 
 
 Mask = Annotated[
-    Annotated[Union[Causal, Full, Prefix, Window, Document, All, Some], Field(discriminator="kind")],
+    Annotated[Causal | Full | Prefix | Window | Document | All | Some, Field(discriminator="kind")],
     BeforeValidator(kind_alone),
 ]
 All.model_rebuild()

@@ -40,4 +40,6 @@ def next_token(cfg: NextToken, model, batch: dict, key: Key[Array, ""] | None = 
     weight = jnp.sum(w_BT)
     total = jnp.sum(w_BT * loss_BT)
     hits = jnp.sum(w_BT * (target_BT >= top_BT))
-    return Loss(total, weight, {"loss": (total, weight), "xent": (jnp.sum(w_BT * xent_BT), weight), "accuracy": (hits, weight)})
+    return Loss(
+        total, weight, {"loss": (total, weight), "xent": (jnp.sum(w_BT * xent_BT), weight), "accuracy": (hits, weight)}
+    )

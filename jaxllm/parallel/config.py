@@ -36,7 +36,9 @@ class Mesh(Config):
             fixed *= n if n > 0 else 1
         shown = " x ".join(f"{a}={n}" for a, n in zip(MESH_AXES, self.sizes))
         if -1 not in self.sizes and fixed != devices:
-            raise ConfigError(f"mesh {shown} needs {fixed} devices, there are {devices}; set one axis to -1 to take what is left")
+            raise ConfigError(
+                f"mesh {shown} needs {fixed} devices, there are {devices}; set one axis to -1 to take what is left"
+            )
         if devices % fixed:
             raise ConfigError(f"mesh {shown}: {devices} devices do not divide by {fixed}")
         return Mesh(**{a: n if n > 0 else devices // fixed for a, n in zip(MESH_AXES, self.sizes)})

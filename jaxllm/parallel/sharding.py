@@ -51,7 +51,10 @@ def fitting(mesh: jax.sharding.Mesh, rules: Rules, axes: tuple, shape: tuple[int
 
 def shardings(mesh: jax.sharding.Mesh, rules: Rules, axes: PyTree, shapes: PyTree) -> PyTree:
     """A NamedSharding for every array of a tree of shapes; `axes` is the same tree with logical axes at its leaves."""
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
+    ]
     leaves, structure = jax.tree.flatten(shapes)
     placed = [
         fitting(mesh, rules, tuple(a), leaf.shape, name)
@@ -69,7 +72,9 @@ def placement(mesh: jax.sharding.Mesh, rules: Rules) -> Place:
     return place
 
 
-def batch_shardings(mesh: jax.sharding.Mesh, rules: Rules, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, NamedSharding]:
+def batch_shardings(
+    mesh: jax.sharding.Mesh, rules: Rules, batch: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, NamedSharding]:
     """Where the arrays of a batch of these shapes lie; rows must divide over the mesh axes of `batch`."""
     return {
         name: fitting(mesh, rules, BATCH[: len(x.shape)], x.shape, f"batch array {name}") for name, x in batch.items()

@@ -266,7 +266,9 @@ def stored_model(folder: Path) -> DecoderConfig:
     """The model config of the newest checkpoint, without reading its weights. Raises CheckpointError if there is none."""
     for path in _checkpoints(folder):
         with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: the one before it will be used
-            return parse(_Record, {"model": json.loads((path / "meta.json").read_bytes())["model"]}, name=str(path)).model
+            return parse(
+                _Record, {"model": json.loads((path / "meta.json").read_bytes())["model"]}, name=str(path)
+            ).model
     raise CheckpointError(f"{folder}: no checkpoint here; expected a run folder, its checkpoints/, or one checkpoint")
 
 

@@ -11,7 +11,6 @@ from jaxllm.models.config import Model, Remat
 from jaxllm.objectives.config import NextToken, Objective
 from jaxllm.parallel.config import Mesh, Sharding
 
-
 # --- schedules: multiples of the peak learning rate by step -----------------------------------------------------
 
 
@@ -227,7 +226,9 @@ class RunConfig(Config):
         if self.ramp:
             for rows in self.ramp_sizes():
                 if rows % self.accumulate:
-                    raise ValueError(f"ramp gives a batch of {rows} rows, not a multiple of accumulate={self.accumulate}")
+                    raise ValueError(
+                        f"ramp gives a batch of {rows} rows, not a multiple of accumulate={self.accumulate}"
+                    )
             if self.ramp.start > self.batch:
                 raise ValueError(f"ramp.start={self.ramp.start} is above batch={self.batch}")
         return self

@@ -1,6 +1,5 @@
 """The training loop: batches in, checkpoints and metrics out; killed or moved, it goes on where it was."""
 
-import os
 import signal
 import threading
 import time
@@ -17,18 +16,27 @@ from jaxllm.core.errors import ConfigError, UserError
 from jaxllm.core.machine import versions
 from jaxllm.core.sinks import Sinks, open_sinks, truncate_after
 from jaxllm.data.loader import Prepared, Rows, batches, open_prepared, validation_rows
-from jaxllm.models.count import flops_per_token
 from jaxllm.models.config import DecoderConfig
+from jaxllm.models.count import flops_per_token
 from jaxllm.models.module import Params, abstract
 from jaxllm.models.resize import resize_vocabulary
 from jaxllm.parallel.sharding import shardings
+from jaxllm.train import runtime
 from jaxllm.train.checkpoint import Checkpointer, load_params, restore, steps, stored_model
 from jaxllm.train.config import RunConfig
 from jaxllm.train.evaluate import evaluate
 from jaxllm.train.run_folder import open_run
 from jaxllm.train.stability import SpikeDetector
 from jaxllm.train.step import (
-    Setup, TrainState, abstract_batch, init_state, make_eval_step, make_train_step, place_batch, set_up, skips,
+    Setup,
+    TrainState,
+    abstract_batch,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    place_batch,
+    set_up,
+    skips,
 )  # fmt: skip
 from jaxllm.train.throughput import Meter, memory, peak_flops
 
@@ -68,8 +76,7 @@ def train(cfg: RunConfig) -> Result:
     Raises:
       UserError: config, data, devices or checkpoints do not fit; before anything is written where that can be known.
     """
-    if cfg.compile_cache:
-        keep_compiled_programs()
+    runtime.start(compile_cache=cfg.compile_cache)
     prepared = open_prepared(cfg.data.path)
     if cfg.data.verify:
         prepared.verify()
@@ -92,18 +99,14 @@ def fit_to_data(cfg: RunConfig, prepared: Prepared) -> RunConfig:
     """
     vocab = cfg.model.vocab or prepared.vocab
     if vocab < prepared.vocab:
-        raise ConfigError(f"model.vocab={vocab} is smaller than the {prepared.vocab} ids of the tokenizer of {cfg.data.path}; set it to at least that, or to null")
+        raise ConfigError(
+            f"model.vocab={vocab} is smaller than the {prepared.vocab} ids of the tokenizer of {cfg.data.path}; set it to at least that, or to null"
+        )
     if cfg.model.context < prepared.length:
-        raise ConfigError(f"model.context={cfg.model.context} is shorter than the rows of {prepared.length} tokens in {cfg.data.path}; raise it, or prepare with length={cfg.model.context}")
+        raise ConfigError(
+            f"model.context={cfg.model.context} is shorter than the rows of {prepared.length} tokens in {cfg.data.path}; raise it, or prepare with length={cfg.model.context}"
+        )
     return cfg.model_copy(update={"model": cfg.model.model_copy(update={"vocab": vocab})})
-
-
-def keep_compiled_programs() -> None:
-    """Turns JAX's persistent compilation cache on, in its configured place or under the user's cache folder."""
-    if not jax.config.jax_compilation_cache_dir:
-        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(base / "jaxllm" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def check_initial(cfg: RunConfig) -> DecoderConfig:
@@ -214,7 +217,9 @@ class Loop:
         self.checkpoints.wait()
         rewinds = ahead.rewinds + 1
         if rewinds > cfg.max_rewinds:
-            raise UserError(f"step {spike.step}: loss {spike.loss:.4g} is a spike after {cfg.max_rewinds} rewinds (stability.max_rewinds); lower the learning rate or look at the data around batch {ahead.batch}")
+            raise UserError(
+                f"step {spike.step}: loss {spike.loss:.4g} is a spike after {cfg.max_rewinds} rewinds (stability.max_rewinds); lower the learning rate or look at the data around batch {ahead.batch}"
+            )
         next_batch = ahead.batch + cfg.skip_batches
         state, step = self.restore()
         first, self.progress.batch, self.progress.rewinds = self.progress.batch, next_batch, rewinds
@@ -263,7 +268,9 @@ class Loop:
             step = make_train_step(self.setup).lower(self.setup.state, abstract_batch(self.setup, rows, self.length))
             self.programs[rows] = step.compile()
             self.meter.restart()
-            self.sinks.event("compile", f"training step for {rows} rows compiled in {time.monotonic() - began:.1f} s", rows=rows)
+            self.sinks.event(
+                "compile", f"training step for {rows} rows compiled in {time.monotonic() - began:.1f} s", rows=rows
+            )
         return self.programs[rows]
 
     def due(self, step: int) -> set[str]:
@@ -288,8 +295,12 @@ class Loop:
             p.skipped += skips(self.cfg)
             p.nonfinite_in_a_row += 1
             if self.cfg.precision.kind != "float16":  # there an overflow is how the scale is found
-                done = "the step is skipped" if skips(self.cfg) else "it is applied all the same (skip_nonfinite: false)"
-                self.sinks.event("nonfinite", f"step {step}: loss or gradients are not finite; {done}", step=step, batch=k)
+                done = (
+                    "the step is skipped" if skips(self.cfg) else "it is applied all the same (skip_nonfinite: false)"
+                )
+                self.sinks.event(
+                    "nonfinite", f"step {step}: loss or gradients are not finite; {done}", step=step, batch=k
+                )
             if p.nonfinite_in_a_row > stability.max_skipped:
                 raise UserError(
                     f"step {step}: {p.nonfinite_in_a_row} steps in a row were not finite (stability.max_skipped); lower the "
@@ -311,7 +322,11 @@ class Loop:
         p = self.progress
         if "log" in due:
             line = {name: s / w for name, (s, w) in p.sums.items() if w and name != "nonfinite"}
-            line |= {"learning_rate": float(self.setup.schedule(step - 1 - p.skipped)), "tokens": p.tokens, "skipped": p.skipped}
+            line |= {
+                "learning_rate": float(self.setup.schedule(step - 1 - p.skipped)),
+                "tokens": p.tokens,
+                "skipped": p.skipped,
+            }
             self.sinks.log(step, line | self.speed | memory())
             p.sums = {}
         if "evaluate" in due:

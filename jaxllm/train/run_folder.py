@@ -39,7 +39,9 @@ def open_run(cfg: RunConfig, manifest_hash: str) -> Iterator[tuple[Path, list[st
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"out={folder}: another process is training this run; stop it or name another folder") from None
+            raise ConfigError(
+                f"out={folder}: another process is training this run; stop it or name another folder"
+            ) from None
         made_with = {
             "manifest": manifest_hash, "versions": versions(), "git": git_revision(Path(__file__).parent),
             "machine": describe_machine(),
@@ -66,7 +68,9 @@ def _check_same(cfg: RunConfig, manifest_hash: str, folder: Path) -> list[str]:
             differ.append(f"data: prepared data with hash {there[:12]} there, {manifest_hash[:12]} asked")
     if differ:
         lines = "\n  ".join(differ)
-        raise ConfigError(f"out={folder} holds another run, which this one cannot continue; name another folder, or undo:\n  {lines}")
+        raise ConfigError(
+            f"out={folder} holds another run, which this one cannot continue; name another folder, or undo:\n  {lines}"
+        )
     both = (c.model_dump(mode="json") for c in (old, cfg))
     return [f"{path}: {_short(a)} -> {_short(b)}" for path, a, b in _differences(*both) if path != "out"]
 

@@ -11,7 +11,6 @@ from flax import nnx
 
 from jaxllm.core.axes import placed_by
 from jaxllm.core.shapes import Array, Int, Key, PyTree
-from jaxllm.models.config import DecoderConfig
 from jaxllm.models.module import Axes, Params, abstract, create, merge
 from jaxllm.objectives.next_token import Loss, next_token
 from jaxllm.parallel.sharding import batch_shardings, make_mesh, placement, sharding, shardings
@@ -115,7 +114,9 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"][0])
         if skips(cfg):
-            params, opt = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt), (state.params, state.opt))
+            params, opt = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), (params, opt), (state.params, state.opt)
+            )
         scale = None if state.scale is None else adjust(cfg.precision, state.scale, finite)
         one = jnp.float32(1)
         sums |= {"grad_norm": (jnp.where(finite, norm, 0), finite * one), "nonfinite": (one - finite, one)}
@@ -165,7 +166,8 @@ def gradients(setup: Setup, state: TrainState, batch: Batch, key: Key[Array, ""]
         return jax.tree.map(jnp.add, total, new), None
 
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, state.params, jax.tree.map(lambda x: x[0], micro), key)
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(one, state.params, jax.tree.map(lambda x: x[0], micro), key),
     )
     zeros = (jax.lax.with_sharding_constraint(zeros[0], setup.gradients), zeros[1])
     (grads, loss), _ = jax.lax.scan(add, zeros, (jnp.arange(n), micro))
@@ -194,7 +196,12 @@ def place_batch(setup: Setup, batch: dict[str, Any]) -> Batch:
 
 def abstract_batch(setup: Setup, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of a batch of `rows` rows."""
-    shapes = {k: jax.ShapeDtypeStruct((rows, length), jnp.int32) for k in ("tokens", "targets", "positions", "documents")}
-    shapes |= {"weights": jax.ShapeDtypeStruct((rows, length), jnp.float32), "bytes": jax.ShapeDtypeStruct((rows,), jnp.int32)}
+    shapes = {
+        k: jax.ShapeDtypeStruct((rows, length), jnp.int32) for k in ("tokens", "targets", "positions", "documents")
+    }
+    shapes |= {
+        "weights": jax.ShapeDtypeStruct((rows, length), jnp.float32),
+        "bytes": jax.ShapeDtypeStruct((rows,), jnp.int32),
+    }
     where = batch_shardings(setup.mesh, setup.cfg.sharding.activations, shapes)
     return {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[k]) for k, x in shapes.items()}

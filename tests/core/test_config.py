@@ -96,7 +96,10 @@ def test_what_is_wrong_and_what_would_be_right(override, told):
 
 
 def test_errors_inside_lists_and_kinds_name_the_place_as_the_file_spells_it():
-    tree = {"out": "x", "tasks": [{"name": "a", "source": {"kind": "python", "packag": "json"}}, {"name": "B", "source": "python"}]}
+    tree = {
+        "out": "x",
+        "tasks": [{"name": "a", "source": {"kind": "python", "packag": "json"}}, {"name": "B", "source": "python"}],
+    }
     told = complaint(parse, PrepareConfig, tree)
     assert "  tasks.0.source.packag: no such field; did you mean 'package'?" in told
     assert "  tasks.1.name: String should match pattern" in told
@@ -140,7 +143,10 @@ def test_an_index_beyond_a_list_is_told():
     tree = {"out": "x", "tasks": [{"name": "a", "source": "python"}]}
     assert parse(PrepareConfig, tree, ["tasks.0.name=b"]).tasks[0].name == "b"
     for index in ("1", "name"):
-        assert complaint(parse, PrepareConfig, tree, [f"tasks.{index}.name=b"]) == f"override: {index!r} is no index of a list of 1"
+        assert (
+            complaint(parse, PrepareConfig, tree, [f"tasks.{index}.name=b"])
+            == f"override: {index!r} is no index of a list of 1"
+        )
 
 
 # --- files, bases, overrides ---------------------------------------------------------------------------------------
@@ -173,8 +179,13 @@ def test_a_changed_kind_in_a_child_replaces_the_block(tiny):
 
 
 def test_a_changed_kind_in_an_override_clears_the_block_in_whatever_order_it_comes():
-    for overrides in (["optimizer.kind=sgd", "optimizer.learning_rate=0.1"], ["optimizer.learning_rate=0.1", "optimizer.kind=sgd"]):
-        sgd = parse(RunConfig, TREE | {"optimizer": {"kind": "adamw", "learning_rate": 1.0, "b2": 0.9}}, overrides).optimizer
+    for overrides in (
+        ["optimizer.kind=sgd", "optimizer.learning_rate=0.1"],
+        ["optimizer.learning_rate=0.1", "optimizer.kind=sgd"],
+    ):
+        sgd = parse(
+            RunConfig, TREE | {"optimizer": {"kind": "adamw", "learning_rate": 1.0, "b2": 0.9}}, overrides
+        ).optimizer
         assert (sgd.kind, sgd.learning_rate, sgd.momentum) == ("sgd", 0.1, 0.9)
 
 
@@ -194,7 +205,9 @@ def test_a_bare_string_is_short_for_its_kind():
     assert (deeper.schedule.kind, deeper.schedule.decay) == ("wsd", 0.5)
 
 
-@pytest.mark.parametrize("text, value", [("3e-4", 3e-4), ("1e9", 1e9), ("1E+2", 100.0), ("-2.5e1", -25.0), ("4", 4.0), (".5", 0.5)])
+@pytest.mark.parametrize(
+    "text, value", [("3e-4", 3e-4), ("1e9", 1e9), ("1E+2", 100.0), ("-2.5e1", -25.0), ("4", 4.0), (".5", 0.5)]
+)
 def test_numbers_are_read_as_yaml_1_2_reads_them(text, value):
     class Number(Config):
         x: float
@@ -244,7 +257,13 @@ def run_overrides() -> st.SearchStrategy[dict]:
         "model.init": ["fan_in", "normal", "small", "xavier"],
         "model.block.norm": ["rmsnorm", "layernorm"],
         "model.block.placement": ["pre", "post", "sandwich", "parallel", "subln", "deepnorm"],
-        "model.block.attention.mask": ["causal", "full", "prefix", "{kind: window, left: 3}", "{kind: all, of: [causal, document]}"],
+        "model.block.attention.mask": [
+            "causal",
+            "full",
+            "prefix",
+            "{kind: window, left: 3}",
+            "{kind: all, of: [causal, document]}",
+        ],
         "model.block.attention.num_kv_heads": ["null", "1", "2"],
         "model.pattern": ["[]", "[{attention: {window: 8}}, {}]"],
         "ramp": ["null", "{start: 1, increment: 1, steps: 5}"],
@@ -256,7 +275,9 @@ def run_overrides() -> st.SearchStrategy[dict]:
 
 @given(run_overrides())
 def test_a_dumped_config_loads_to_an_equal_one_of_equal_fingerprint(tmp_path_factory, values):
-    cfg = parse(RunConfig, TREE, [f"{path}={value}" for path, value in values.items()] + ["optimizer.learning_rate=1e-3"])
+    cfg = parse(
+        RunConfig, TREE, [f"{path}={value}" for path, value in values.items()] + ["optimizer.learning_rate=1e-3"]
+    )
     file = tmp_path_factory.mktemp("dump") / "config.yaml"
     file.write_text(dump(cfg))
     again = load(RunConfig, file)
@@ -273,7 +294,10 @@ TOKENIZERS = ["byte", {"kind": "hf", "file": "x"}, {"kind": "sentencepiece", "fi
 @pytest.mark.parametrize("source", SOURCES, ids=str)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=str)
 def test_every_source_and_tokenizer_survives_a_dump(tmp_path, source, tokenizer):
-    cfg = parse(PrepareConfig, {"out": "x", "tasks": [{"name": "a", "source": source}], "tokenizer": tokenizer, "mixture": "proportional"})
+    cfg = parse(
+        PrepareConfig,
+        {"out": "x", "tasks": [{"name": "a", "source": source}], "tokenizer": tokenizer, "mixture": "proportional"},
+    )
     (tmp_path / "c.yaml").write_text(dump(cfg))
     assert load(PrepareConfig, tmp_path / "c.yaml") == cfg
 

@@ -12,8 +12,24 @@ from jaxllm.inference import generate as module
 from jaxllm.inference.config import Greedy, Sample
 from jaxllm.inference.generate import bucket, complete, generate, stop_at
 from jaxllm.models.config import (
-    FFN, ALiBi, Attention, Block, DecoderConfig, DeepNorm, Dropout, LayerNorm, Learned, NoPosition, Parallel, Post, Pre,
-    RMSNorm, RoPE, Sandwich, Sinusoidal, SubLN,
+    FFN,
+    ALiBi,
+    Attention,
+    Block,
+    DecoderConfig,
+    DeepNorm,
+    Dropout,
+    LayerNorm,
+    Learned,
+    NoPosition,
+    Parallel,
+    Post,
+    Pre,
+    RMSNorm,
+    RoPE,
+    Sandwich,
+    Sinusoidal,
+    SubLN,
 )  # fmt: skip
 from jaxllm.models.masks import All, Causal, Full, Prefix, Some, Window
 from jaxllm.models.module import abstract, merge, split

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_an_axis_no_rule_knows_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"unknown logical axis 'mlpp' in \('embed', 'mlpp'\); known: batch, seq, embed"):
+    with pytest.raises(
+        ConfigError, match=r"unknown logical axis 'mlpp' in \('embed', 'mlpp'\); known: batch, seq, embed"
+    ):
         Rules().mesh_axes(("embed", "mlpp"))
 
 
@@ -33,7 +35,12 @@ def test_a_mesh_axis_that_does_not_exist_is_refused_when_the_config_is_read():
 
 @pytest.mark.parametrize(
     ("preset", "expected"),
-    [("ddp", (TENSOR, TENSOR, TENSOR)), ("zero1", (TENSOR, TENSOR, FSDP)), ("zero2", (TENSOR, FSDP, FSDP)), ("zero3", (FSDP,) * 3)],
+    [
+        ("ddp", (TENSOR, TENSOR, TENSOR)),
+        ("zero1", (TENSOR, TENSOR, FSDP)),
+        ("zero2", (TENSOR, FSDP, FSDP)),
+        ("zero3", (FSDP,) * 3),
+    ],
 )
 def test_zero_stages_are_values(preset, expected):
     value = Sharding.model_validate(preset)

@@ -22,7 +22,25 @@ LENGTH = 32
 
 def write_corpus(folder: Path, documents: int, seed: int = 0) -> None:
     """Text with something to learn: words in a fixed order from a random start."""
-    words = "the quick brown fox jumps over the lazy dog while seven wizards box quietly at dawn ".split(" ")
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "the",
+        "lazy",
+        "dog",
+        "while",
+        "seven",
+        "wizards",
+        "box",
+        "quietly",
+        "at",
+        "dawn",
+        "",
+    ]
     rng = random.Random(seed)
     folder.mkdir(parents=True)
     for i in range(documents):
@@ -40,8 +58,17 @@ def prepared(tmp_path_factory) -> Path:
     (root / "noise").mkdir()
     for i in range(8):
         (root / "noise" / f"{i}.txt").write_bytes(rng.integers(33, 127, 400).astype(np.uint8).tobytes())
-    task = lambda name, weight: {"name": name, "weight": weight, "source": {"kind": "text", "files": [f"{root}/{name}/*.txt"]}}  # noqa: E731
-    tree = {"out": str(root / "out"), "tasks": [task("text", 1.0), task("noise", 0.01)], "length": LENGTH, "validation": 0.1}
+    task = lambda name, weight: {
+        "name": name,
+        "weight": weight,
+        "source": {"kind": "text", "files": [f"{root}/{name}/*.txt"]},
+    }
+    tree = {
+        "out": str(root / "out"),
+        "tasks": [task("text", 1.0), task("noise", 0.01)],
+        "length": LENGTH,
+        "validation": 0.1,
+    }
     prepare(config.parse(PrepareConfig, tree))
     return root / "out"
 
@@ -158,7 +185,9 @@ def start(tree: dict, folder: Path) -> subprocess.Popen:
 
 
 def wait_for_lines(process: subprocess.Popen, out: Path, count: int) -> None:
-    while process.poll() is None and (not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < count):
+    while process.poll() is None and (
+        not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < count
+    ):
         time.sleep(0.005)
 
 
@@ -278,7 +307,9 @@ def test_what_cannot_run_is_refused_before_anything_is_written(override, prepare
 
 
 def test_a_folder_that_holds_another_run_is_refused_field_by_field(unbroken, prepared):
-    with pytest.raises(ConfigError, match=r"(?s)holds another run.*model.embed: 32 there, 64 asked.*seed: 0 there, 5 asked"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)holds another run.*model.embed: 32 there, 64 asked.*seed: 0 there, 5 asked"
+    ):
         train(parse(prepared, unbroken, "model.embed=64", "seed=5"))
 
 
@@ -298,7 +329,17 @@ def test_two_processes_cannot_train_one_run(prepared, tmp_path):
 def test_a_run_can_start_from_another_and_a_larger_vocabulary_keeps_the_old_rows(unbroken, prepared, tmp_path):
     from jaxllm.train.checkpoint import load_params
 
-    train(parse(prepared, tmp_path / "run", f"initial={unbroken}", "model.vocab=264", "steps=1", "optimizer.learning_rate=1e-9", "schedule.warmup=0"))
+    train(
+        parse(
+            prepared,
+            tmp_path / "run",
+            f"initial={unbroken}",
+            "model.vocab=264",
+            "steps=1",
+            "optimizer.learning_rate=1e-9",
+            "schedule.warmup=0",
+        )
+    )
     old, new = load_params(unbroken).params, load_params(tmp_path / "run").params
     assert new["embedding"].shape[0] == 264
     np.testing.assert_allclose(new["embedding"][:259], old["embedding"], atol=1e-7)

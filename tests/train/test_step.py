@@ -135,7 +135,9 @@ def collectives(cfg: RunConfig) -> str:
 
 
 def test_logits_sharded_over_the_vocabulary_are_never_gathered():
-    text = collectives(run_config("mesh.tensor=4", "mesh.fsdp=1", "model.block.attention.num_kv_heads=4", "model.vocab=320"))
+    text = collectives(
+        run_config("mesh.tensor=4", "mesh.fsdp=1", "model.block.attention.num_kv_heads=4", "model.vocab=320")
+    )
     assert "all-reduce" in text
     gathers = [line for line in text.splitlines() if " all-gather(" in line or " all-gather-start(" in line]
     assert not [line for line in gathers if f"{ROWS},{LENGTH},320]" in line]
@@ -222,7 +224,9 @@ def clipped_norm(clip: str) -> float:
     state = init_state(setup)
     before = jax.tree.map(jnp.copy, state.params)
     state, _ = make_train_step(setup)(state, place_batch(setup, random_batch()))
-    return float(jnp.sqrt(sum(jnp.sum((a - b) ** 2) for a, b in zip(before.values(), state.params.values(), strict=True))))
+    return float(
+        jnp.sqrt(sum(jnp.sum((a - b) ** 2) for a, b in zip(before.values(), state.params.values(), strict=True)))
+    )
 
 
 def test_clipping_bounds_the_norm_of_the_gradient():
@@ -242,5 +246,7 @@ def test_a_dimension_that_does_not_divide_is_refused_by_name():
 
 def test_a_batch_that_does_not_divide_is_refused():
     setup = set_up(run_config("mesh.fsdp=4"))
-    with pytest.raises(ConfigError, match=r"batch array tokens: batch=6 does not divide over mesh axis data x fsdp of 4"):
+    with pytest.raises(
+        ConfigError, match=r"batch array tokens: batch=6 does not divide over mesh axis data x fsdp of 4"
+    ):
         place_batch(setup, random_batch(rows=6))

@@ -65,9 +65,7 @@ class Attention(nnx.Module):
         if block.placement.kind == "subln":
             self.inner_norm = Norm(block.norm, heads=N, head_dim=H)
 
-    def project(
-        self, x_BTD: Float[Array, "B T D"], rotation: Rotation | None
-    ) -> tuple[Float[Array, "B T N H"], KV]:
+    def project(self, x_BTD: Float[Array, "B T D"], rotation: Rotation | None) -> tuple[Float[Array, "B T N H"], KV]:
         """Queries, keys and values of `x_BTD`, normed and rotated."""
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_q[...])
         k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_k[...])
@@ -84,8 +82,13 @@ class Attention(nnx.Module):
         return q_BTNH, KV(k_BTKH, v_BTKH)
 
     def mix(
-        self, q_BTNH: Float[Array, "B T N H"], kv: KV, q: Tokens, k: Tokens,
-        dropout: float = 0.0, key: Key[Array, ""] | None = None,
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        kv: KV,
+        q: Tokens,
+        k: Tokens,
+        dropout: float = 0.0,
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
         """What the queries gather from the keys' values, projected back to the residual stream."""
         o_BTNH = attend(

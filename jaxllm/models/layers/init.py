@@ -28,9 +28,15 @@ def std(cfg: DecoderConfig, weight: Weight) -> float:
                 return math.sqrt(init.scale / weight.fan_in)
             return init.embedding or (cfg.embed**-0.5 if cfg.tie else 1.0)  # a tied head wants logits of unit variance
         case "normal":
-            return init.std / (math.sqrt(2 * cfg.num_layers) if weight.role == "residual" and init.scale_residual else 1.0)
+            return init.std / (
+                math.sqrt(2 * cfg.num_layers) if weight.role == "residual" and init.scale_residual else 1.0
+            )
         case "small":
-            return 2 / (cfg.num_layers * math.sqrt(cfg.embed)) if weight.role == "residual" else math.sqrt(2 / (5 * cfg.embed))
+            return (
+                2 / (cfg.num_layers * math.sqrt(cfg.embed))
+                if weight.role == "residual"
+                else math.sqrt(2 / (5 * cfg.embed))
+            )
         case "xavier":
             return cfg.embed**-0.5 if weight.role == "embedding" else math.sqrt(2 / (weight.fan_in + weight.fan_out))
     raise AssertionError(init.kind)
