@@ -5,6 +5,7 @@ import sys
 from io import TextIOBase
 from pathlib import Path
 
+from jaxllm.core.config import read_tree
 from jaxllm.core.errors import CheckpointError
 from jaxllm.data import tokenizers
 from jaxllm.inference.config import GenerateConfig
@@ -22,7 +23,7 @@ def run(cfg: GenerateConfig, out: TextIOBase | None = None) -> list[Completion]:
       ConfigError: a prompt that does not fit the model.
     """
     out = out or sys.stdout
-    model, tokenizer = load(Path(cfg.model), cfg.step)
+    model, tokenizer = load(Path(cfg.model), cfg.step, cfg.precision)
     live = cfg.stream and len(cfg.prompt) == 1
     begun = False
 
@@ -33,15 +34,21 @@ def run(cfg: GenerateConfig, out: TextIOBase | None = None) -> list[Completion]:
 
     completions = complete(
         model, tokenizer, cfg.prompt, stream=functools.partial(tokenizers.StreamDecoder, tokenizer), seed=cfg.seed,
-        max_new_tokens=cfg.max_new_tokens, sampling=cfg.sampling, stop=cfg.stop, show=show if live else None,
+        max_new_tokens=cfg.max_new_tokens, sampling=cfg.sampling, stop=cfg.stop, stop_tokens=cfg.stop_tokens,
+        show=show if live else None,
     )  # fmt: skip
     for prompt, completion in zip(cfg.prompt, completions, strict=True):
         print("" if begun else prompt + completion.text, file=out, flush=True)
     return completions
 
 
-def load(folder: Path, step: int | None = None) -> tuple[Decoder, tokenizers.Tokenizer]:
-    """Model and tokenizer of a run (its checkpoint of `step`, or the newest that is whole) or of one checkpoint."""
+def load(
+    folder: Path, step: int | None = None, precision: str | None = None
+) -> tuple[Decoder, tokenizers.Tokenizer]:
+    """Model and tokenizer of a run (its checkpoint of `step`, or the newest that is whole) or of one checkpoint.
+
+    The weights are in `precision`; None: in what the run computed with, so that log-probabilities are the trainer's.
+    """
     if step is not None:
         run_folder, folder = folder, folder / "checkpoints" / f"{step:08d}"
         if not folder.is_dir():
@@ -49,4 +56,6 @@ def load(folder: Path, step: int | None = None) -> tuple[Decoder, tokenizers.Tok
             there = f"there are those of {', '.join(found)}" if found else "it has no checkpoints"
             raise CheckpointError(f"{run_folder}: no checkpoint of step {step}; {there}")
     weights = load_params(folder)
-    return merge(abstract(weights.model_cfg)[0], weights.params), tokenizers.load(weights.folder / "tokenizer")
+    trained = read_tree(weights.folder / "config.yaml")["precision"]["kind"]
+    params = {name: weights.params.pop(name).astype(precision or trained) for name in list(weights.params)}
+    return merge(abstract(weights.model_cfg)[0], params), tokenizers.load(weights.folder / "tokenizer")

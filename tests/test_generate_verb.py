@@ -18,14 +18,18 @@ from jaxllm.train.config import Checkpoints
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A run with checkpoints of steps 5 and 7: random weights, a table with rows to spare."""
-    folder = tmp_path_factory.mktemp("run")
+    return write_run(tmp_path_factory.mktemp("run"), "float32")
+
+
+def write_run(folder, precision):
     tokenizer = tokenizers.build(ByteTokenizer())
     tokenizer.save(folder / "tokenizer")
     block = Block(attention=Attention(num_heads=2), ffn=FFN(mlp=16))
     cfg = DecoderConfig(vocab=tokenizer.vocab_size + 64, context=64, embed=16, num_layers=2, block=block)
+    files = {"tokenizer": folder / "tokenizer", "config.yaml": f"precision: {{kind: {precision}}}\n"}
     made = jax.jit(lambda key: create(cfg, key))
     with Checkpointer(
-        folder / "checkpoints", Checkpoints(), cfg, extra_files={"tokenizer": folder / "tokenizer"}
+        folder / "checkpoints", Checkpoints(), cfg, extra_files=files
     ) as saver:
         for step in (5, 7):
             saver.save(step, {"step": jnp.int32(step), "params": made(jax.random.key(step))}, {})
@@ -50,6 +54,22 @@ def test_prompts_are_printed_in_order_each_with_its_completion(run_folder):
     assert printed == "".join(p + c.text + "\n" for p, c in zip(("b", "", "a"), completions, strict=True))
     alone = asked(run_folder, "a")[0]
     assert completions[2].tokens == alone[0].tokens and completions[2].text == alone[0].text
+
+
+def test_weights_are_in_the_precision_of_the_run_or_in_the_one_asked_for(run_folder, tmp_path):
+    half = write_run(tmp_path, "bfloat16")
+    assert load(half)[0].embedding.get_value().dtype == jnp.bfloat16
+    assert load(half, precision="float32")[0].embedding.get_value().dtype == jnp.float32
+    assert load(run_folder)[0].embedding.get_value().dtype == jnp.float32
+
+
+def test_a_stop_token_ends_a_completion_and_an_unknown_one_is_refused(run_folder):
+    [free], _ = asked(run_folder, "a", sampling=Greedy(), max_new_tokens=40)
+    at, end = next((i, t) for i, t in enumerate(free.tokens) if 32 < t < 127)  # a byte that is a character
+    [cut], _ = asked(run_folder, "a", sampling=Greedy(), stop_tokens=(chr(end),), max_new_tokens=40)
+    assert cut.tokens == free.tokens[: at + 1] and cut.finish == "eos"
+    with pytest.raises(ConfigError, match="the tokenizer has no token '<|nothing|>'"):
+        asked(run_folder, "a", stop_tokens=("<|nothing|>",))
 
 
 def test_a_step_names_its_checkpoint(run_folder):

@@ -5,6 +5,7 @@ metrics.jsonl has one JSON object a line: {"step", "time", metric: value...} for
 "-inf", so that float(value) reads every number back.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -62,6 +63,14 @@ class Sinks:
 
     def __exit__(self, *exc) -> None:
         self.close()
+
+
+def check_extras(cfg: Metrics) -> None:
+    """Raises ConfigError for a sink whose package is not installed."""
+    for sink in cfg.sinks:
+        package = {"tensorboard": "tensorboardX", "wandb": "wandb"}[sink.kind]
+        if importlib.util.find_spec(package) is None:
+            raise _missing(sink.kind, package)
 
 
 def open_sinks(cfg: Metrics, folder: str | Path, run_name: str, total_steps: int) -> Sinks:

@@ -1,6 +1,6 @@
 """What `generate` is asked. No JAX here."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -45,6 +45,8 @@ class GenerateConfig(Config):
     prompt: tuple[str, ...] = Field(min_length=1)  # texts to continue, as one batch
     max_new_tokens: int = Field(64, gt=0)  # longest completion
     sampling: Sampling = Sample(temperature=0.8, top_p=0.95)  # how tokens are chosen
-    stop: tuple[str, ...] = ()  # texts that end a completion; they are not part of it
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # texts that end a completion and are not part of it
+    stop_tokens: tuple[str, ...] = ()  # tokens that end a completion as the end-of-document token does: <|eot_id|>
+    precision: Literal["float32", "bfloat16", "float16"] | None = None  # of weights and compute; null: as in training
     seed: int = Field(0, ge=0)  # of the draws
     stream: bool = True  # print tokens as they come (one prompt)

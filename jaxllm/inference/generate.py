@@ -61,6 +61,8 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def token_id(self, token: str) -> int | None: ...
+
 
 def complete(
     model: Decoder,
@@ -72,13 +74,17 @@ def complete(
     sampling: Greedy | Sample | Beam = Greedy(),
     seed: int = 0,
     stop: Sequence[str] = (),
+    stop_tokens: Sequence[str] = (),
     show: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
     """`generate` for texts. Each starts as a training document does: with BOS, or EOS where there is no BOS."""
+    ends = [tokenizer.token_id(token) for token in stop_tokens]
+    if None in ends:
+        raise ConfigError(f"stop_tokens: the tokenizer has no token {stop_tokens[ends.index(None)]!r}")
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     prompts = [([] if first is None else [first]) + tokenizer.encode(text) for text in texts]
     return generate(
-        model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_id=tokenizer.eos_id,
+        model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_id=tokenizer.eos_id, end_ids=ends,
         vocab_size=tokenizer.vocab_size, seed=seed, stream=stream, stop=stop, show=show,
     )  # fmt: skip
 
@@ -90,6 +96,7 @@ def generate(
     max_new_tokens: int,
     sampling: Greedy | Sample | Beam = Greedy(),
     eos_id: int | None = None,
+    end_ids: Sequence[int] = (),
     vocab_size: int | None = None,
     prefix_lens: Sequence[int] | None = None,
     seed: int = 0,
@@ -101,6 +108,7 @@ def generate(
 
     Args:
       max_new_tokens: longest completion; prompt and completion together must fit the model's context.
+      end_ids: further tokens that end a completion as `eos_id` does.
       vocab_size: only ids below it are chosen: the tokenizer's, where the model's table has rows to spare.
       prefix_lens: length of each prompt's bidirectional prefix, for masks with `prefix`; None: 0.
       stream: makes the decoder of a completion's tokens, given the prompt; without it completions have no text.
@@ -113,7 +121,8 @@ def generate(
     """
     assert stream or not (stop or show), "text needs a decoder"
     _check(model.cfg, prompts, max_new_tokens)
-    rows = [_Row(stream and stream(prompt), eos_id, stop) for prompt in prompts]
+    ends = frozenset(end_ids) | ({eos_id} if eos_id is not None else set())
+    rows = [_Row(stream and stream(prompt), ends, stop) for prompt in prompts]
     graphdef, params = split(model)
     length = bucket(max(map(len, prompts)))
     tokens_BT = np.array([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], np.int32)
@@ -234,11 +243,11 @@ def _choose(sampling, state: State, logits_BV: Array, known: Array, keys_B: Arra
 class _Row:
     """A completion in the making."""
 
-    def __init__(self, stream: TextStream | None, eos_id: int | None, stop: Sequence[str]):
+    def __init__(self, stream: TextStream | None, ends: frozenset[int], stop: Sequence[str]):
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.text, self.ended = "", None
-        self._stream, self._eos_id, self._stop = stream, eos_id, stop
+        self._stream, self._ends, self._stop = stream, ends, stop
         self._shown = 0
 
     def take(self, token: int, logprob: float, last: bool) -> str:
@@ -247,7 +256,7 @@ class _Row:
             return ""
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        self.ended = "eos" if token == self._eos_id else "length" if last else None
+        self.ended = "eos" if token in self._ends else "length" if last else None
         if self._stream is None:
             return ""
         new = "" if self.ended == "eos" else self._stream.feed(token)

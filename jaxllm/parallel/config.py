@@ -40,7 +40,9 @@ class Mesh(Config):
                 f"mesh {shown} needs {fixed} devices, there are {devices}; set one axis to -1 to take what is left"
             )
         if devices % fixed:
-            raise ConfigError(f"mesh {shown}: {devices} devices do not divide by {fixed}")
+            raise ConfigError(
+                f"mesh {shown}: {devices} devices do not divide by {fixed}; choose sizes whose product divides {devices}"
+            )
         return Mesh(**{a: n if n > 0 else devices // fixed for a, n in zip(MESH_AXES, self.sizes)})
 
 

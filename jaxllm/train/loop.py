@@ -14,7 +14,7 @@ import jax
 
 from jaxllm.core.errors import ConfigError, UserError
 from jaxllm.core.machine import versions
-from jaxllm.core.sinks import Sinks, open_sinks, truncate_after
+from jaxllm.core.sinks import Sinks, check_extras, open_sinks, truncate_after
 from jaxllm.data.loader import Prepared, Rows, batches, open_prepared, validation_rows
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.count import flops_per_token
@@ -81,6 +81,7 @@ def train(cfg: RunConfig) -> Result:
     if cfg.data.verify:
         prepared.verify()
     cfg = fit_to_data(cfg, prepared)
+    check_extras(cfg.metrics)
     setup = set_up(cfg)
     for rows in cfg.ramp_sizes():  # every batch size must divide over the mesh, now rather than at step 10,000
         abstract_batch(setup, rows // cfg.accumulate, prepared.length)
@@ -180,6 +181,8 @@ class Loop:
             stack.callback(self.stop_trace)
             if cfg.stability.spike_zscore is not None and not self.checkpoints.steps():
                 self.save(state, step)  # what a spike before the first checkpoint goes back to
+            if step >= cfg.steps:
+                self.sinks.event("finished", f"nothing left to do: {step} of {cfg.steps} steps are done", step=step)
             while step < cfg.steps and not self.stop:
                 try:
                     state, step = self.segment(state, step)

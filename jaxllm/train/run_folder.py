@@ -27,6 +27,8 @@ def open_run(cfg: RunConfig, manifest_hash: str) -> Iterator[tuple[Path, list[st
     """
     folder = Path(cfg.out)
     written, changed = folder / "config.yaml", []
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out={folder} is a file; name a folder")
     if written.exists():
         changed = _check_same(cfg, manifest_hash, folder)
     elif folder.exists() and any(p for p in folder.iterdir() if p.name != "lock" and p.suffix != ".new"):

@@ -232,6 +232,9 @@ class Words:
     vocab_size, bos_id, eos_id = V, 0, 1
     pieces = ["", "", *"abcdefghijklmnopqrstuvwxyz"[:20], "ab", "bc", "cab", " ", ". ", "a ", "zz"]
 
+    def token_id(self, token):
+        return self.pieces.index(token) if token in self.pieces else None
+
     def encode(self, text):
         return [self.pieces.index(c) for c in text]
 

@@ -107,3 +107,10 @@ def test_models_name_no_mesh_axis():
     named = re.compile(r"""["'](data|fsdp|tensor)["']""")
     for file in (ROOT / "jaxllm" / "models").rglob("*.py"):
         assert not named.search(file.read_text()), file
+
+
+def test_partial_rules_are_laid_over_the_default_preset():
+    value = parse(Sharding, {"parameters": {"kv_heads": None}, "activations": {"kv_heads": None}})
+    assert value.parameters == FSDP.model_copy(update={"kv_heads": None})
+    assert value.activations == ACTIVATIONS.model_copy(update={"kv_heads": None})
+    assert value.optimizer == FSDP
