@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.models.config import Block, DecoderConfig
-from jaxllm.models.decoder import row_tokens
+from jaxllm.models.decoder import lookup, row_tokens
 from jaxllm.models.layers.attention import attend
 from jaxllm.models.layers.block import Layer, drop
 from jaxllm.models.module import abstract, create, merge, split
@@ -346,3 +346,16 @@ def test_every_layer_drops_elsewhere():
     values, counts = np.unique(x, return_counts=True)
     assert values.tolist() == [0, 2, 4]
     np.testing.assert_allclose(counts / counts.sum(), [0.25, 0.5, 0.25], atol=0.12)
+
+
+def test_the_gradient_of_a_frequent_token_does_not_stall_in_bfloat16():
+    ids_BT = jnp.full((16, 256), 3)
+    grad_VD = jax.grad(lambda table_VD: lookup(table_VD, ids_BT).sum(dtype=jnp.float32))(jnp.zeros((8, 4), jnp.bfloat16))
+    assert grad_VD.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(grad_VD[3].astype(jnp.float32), 16 * 256)  # summed in bfloat16: 256
+    assert not grad_VD[:3].any()
+
+
+def test_ids_beyond_a_table_read_its_last_row():
+    table_VD = jnp.arange(6.0).reshape(3, 2)
+    np.testing.assert_array_equal(lookup(table_VD, jnp.array([[0, 9]])), [[[0.0, 1.0], [4.0, 5.0]]])
