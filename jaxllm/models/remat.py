@@ -9,12 +9,12 @@ from jaxllm.models.config import Remat
 
 
 def recomputed(elementwise: Callable) -> Callable:
-    """`elementwise` with only its inputs kept for the backward pass.
+    """`elementwise` with only its inputs (and matrix products, if there are any) kept for the backward pass.
 
     Automatic differentiation keeps each intermediate value of a norm or an activation; to compute them again is
     cheaper than to write and read them.
     """
-    return jax.checkpoint(elementwise, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+    return jax.checkpoint(elementwise, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
 
 
 def remat(layer: Callable, policy: Remat, *, scanned: bool) -> Callable:
