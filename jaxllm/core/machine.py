@@ -77,7 +77,7 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
-    # malloc.h: never trim, grow by 64 MiB at a time, no mappings of their own for large blocks, one arena for all threads
+    # malloc.h: never trim, grow by 64 MiB at a time, no mapping of its own for a large block, one arena for all threads
     trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
     asked = {trim_threshold: -1, top_pad: 64 << 20, mmap_max: 0, arena_max: 1}
     return all([mallopt(name, value) for name, value in asked.items()])

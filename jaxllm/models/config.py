@@ -271,8 +271,8 @@ class DecoderConfig(Config):
                 )
             if isinstance(self.position, RoPE) and (self.rotary_dim(a) % 2 or not self.rotary_dim(a)):
                 raise ValueError(
-                    f"position.fraction={self.position.fraction} rotates {self.rotary_dim(a)} of head_dim={self.head_dim(a)}: "
-                    "must be even and above 0"
+                    f"position.fraction={self.position.fraction} rotates {self.rotary_dim(a)} of "
+                    f"head_dim={self.head_dim(a)}: must be even and above 0"
                 )
         if len(self.blocks) > self.num_layers:
             raise ValueError(f"pattern has {len(self.blocks)} entries for num_layers={self.num_layers}")

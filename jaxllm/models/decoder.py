@@ -45,7 +45,7 @@ class Cache(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """See `DecoderConfig`. Weights of pattern slot s are stacked over groups in `blocks[s]`; left-over layers in `tail`.
+    """See `DecoderConfig`. Weights of pattern slot s are stacked over groups in `blocks[s]`, what is left over in `tail`.
 
     `scan=False` unrolls the groups, `remat` names what the backward pass computes again: neither changes a weight
     or a result.
@@ -257,8 +257,8 @@ class Decoder(nnx.Module):
         for block in self.cfg.blocks:
             if not block.attention.mask.decodable:
                 raise ConfigError(
-                    f"attention.mask={block.attention.mask.kind} lets tokens see what follows them: such a model has no "
-                    "next-token generation; use causal, or `some` of causal and prefix"
+                    f"attention.mask={block.attention.mask.kind} lets tokens see what follows them: such a model has "
+                    "no next-token generation; use causal, or `some` of causal and prefix"
                 )
 
     def _last_norm(self, x_BTD):

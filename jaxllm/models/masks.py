@@ -67,7 +67,7 @@ class Prefix(_Combines):
 
 
 class Window(_Combines):
-    """A token sees `left` - 1 tokens before it, itself, and `right` tokens after it (Beltagy et al. 2020, 2004.05150)."""
+    """A token sees `left` - 1 tokens before it, itself, `right` after it (Beltagy et al. 2020, arXiv:2004.05150)."""
 
     kind: Literal["window"] = "window"
     left: int = Field(gt=0)  # tokens seen up to and including the token itself

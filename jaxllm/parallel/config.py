@@ -41,7 +41,8 @@ class Mesh(Config):
             )
         if devices % fixed:
             raise ConfigError(
-                f"mesh {shown}: {devices} devices do not divide by {fixed}; choose sizes whose product divides {devices}"
+                f"mesh {shown}: {devices} devices do not divide by {fixed}; choose sizes whose "
+                f"product divides {devices}"
             )
         return Mesh(**{a: n if n > 0 else devices // fixed for a, n in zip(MESH_AXES, self.sizes)})
 

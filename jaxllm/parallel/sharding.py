@@ -43,8 +43,8 @@ def fitting(mesh: jax.sharding.Mesh, rules: Rules, axes: tuple, shape: tuple[int
         if size % shares:
             raise ConfigError(
                 f"{name}: {axis}={size} does not divide over mesh axis {' x '.join(names)} of {shares} devices; change "
-                f"the mesh or the model, or replicate it: set {axis} to null in sharding.parameters, .gradients, .optimizer "
-                "and .activations"
+                f"the mesh or the model, or replicate it: set {axis} to null in sharding.parameters, .gradients, "
+                ".optimizer and .activations"
             )
     return placed
 

@@ -263,7 +263,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def stored_model(folder: Path) -> DecoderConfig:
-    """The model config of the newest checkpoint, without reading its weights. Raises CheckpointError if there is none."""
+    """The model config of the newest checkpoint, its weights unread. Raises CheckpointError if there is none."""
     for path in _checkpoints(folder):
         with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: the one before it will be used
             return parse(

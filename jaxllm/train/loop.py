@@ -101,11 +101,13 @@ def fit_to_data(cfg: RunConfig, prepared: Prepared) -> RunConfig:
     vocab = cfg.model.vocab or prepared.vocab
     if vocab < prepared.vocab:
         raise ConfigError(
-            f"model.vocab={vocab} is smaller than the {prepared.vocab} ids of the tokenizer of {cfg.data.path}; set it to at least that, or to null"
+            f"model.vocab={vocab} is smaller than the {prepared.vocab} ids of the tokenizer of {cfg.data.path}; set it "
+            "to at least that, or to null"
         )
     if cfg.model.context < prepared.length:
         raise ConfigError(
-            f"model.context={cfg.model.context} is shorter than the rows of {prepared.length} tokens in {cfg.data.path}; raise it, or prepare with length={cfg.model.context}"
+            f"model.context={cfg.model.context} is shorter than the rows of {prepared.length} tokens in "
+            f"{cfg.data.path}; raise it, or prepare with length={cfg.model.context}"
         )
     return cfg.model_copy(update={"model": cfg.model.model_copy(update={"vocab": vocab})})
 
@@ -116,12 +118,13 @@ def check_initial(cfg: RunConfig) -> DecoderConfig:
     may_differ = {name: getattr(cfg.model, name) for name in ("vocab", "context", "dropout", "init")}
     if stored.model_copy(update=may_differ) != cfg.model:
         raise ConfigError(
-            f"initial={cfg.initial} holds another model than `model:` asks for; make `model:` agree with its config.yaml"
+            f"initial={cfg.initial} holds another model than `model:` asks for; make `model:` agree with "
+            "its config.yaml"
         )
     if stored.vocab > cfg.model.vocab:
         raise ConfigError(
-            f"initial={cfg.initial} has a vocabulary of {stored.vocab}, model.vocab={cfg.model.vocab} is smaller; set it to "
-            f"{stored.vocab} or more"
+            f"initial={cfg.initial} has a vocabulary of {stored.vocab}, model.vocab={cfg.model.vocab} is smaller; set "
+            f"it to {stored.vocab} or more"
         )
     return stored
 
@@ -221,7 +224,8 @@ class Loop:
         rewinds = ahead.rewinds + 1
         if rewinds > cfg.max_rewinds:
             raise UserError(
-                f"step {spike.step}: loss {spike.loss:.4g} is a spike after {cfg.max_rewinds} rewinds (stability.max_rewinds); lower the learning rate or look at the data around batch {ahead.batch}"
+                f"step {spike.step}: loss {spike.loss:.4g} is a spike after {cfg.max_rewinds} rewinds "
+                f"(stability.max_rewinds); lower the learning rate or look at the data around batch {ahead.batch}"
             )
         next_batch = ahead.batch + cfg.skip_batches
         state, step = self.restore()
@@ -306,8 +310,8 @@ class Loop:
                 )
             if p.nonfinite_in_a_row > stability.max_skipped:
                 raise UserError(
-                    f"step {step}: {p.nonfinite_in_a_row} steps in a row were not finite (stability.max_skipped); lower the "
-                    f"learning rate, or look at the data from batch {k + 1 - p.nonfinite_in_a_row}"
+                    f"step {step}: {p.nonfinite_in_a_row} steps in a row were not finite (stability.max_skipped); lower "
+                    f"the learning rate, or look at the data from batch {k + 1 - p.nonfinite_in_a_row}"
                 )
             sums = {name: sums[name] for name in ("nonfinite", "loss_scale") if name in sums}
         else:
@@ -334,7 +338,7 @@ class Loop:
             p.sums = {}
         if "evaluate" in due:
             self.evaluate(state, step)
-        # A rewind must not go back to a spike that is not yet one by its length; the end of the run is saved all the same.
+        # A rewind must not go back to a spike that is not yet one by its length; the end is saved all the same.
         if "save" in due and (step == self.cfg.steps or not self.detector.state()["spiked"]):
             self.save(state, step, self.last_evaluation.get("validation_loss") if "evaluate" in due else None)
         self.meter.restart()

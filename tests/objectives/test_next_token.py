@@ -33,7 +33,8 @@ def test_cross_entropy_equals_torch_with_and_without_label_smoothing(smoothing):
     logits = logits_like(data)
     loss = next_token(NextToken(label_smoothing=smoothing), model_of(logits), data)
     each = torch.nn.functional.cross_entropy(
-        torch.tensor(np.asarray(logits)).reshape(-1, V), torch.tensor(np.asarray(data["targets"], np.int64)).reshape(-1),
+        torch.tensor(np.asarray(logits)).reshape(-1, V),
+        torch.tensor(np.asarray(data["targets"], np.int64)).reshape(-1),
         label_smoothing=smoothing, reduction="none",
     )  # fmt: skip
     expected = (each * torch.tensor(np.asarray(data["weights"])).reshape(-1)).sum()

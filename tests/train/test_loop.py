@@ -76,7 +76,9 @@ def prepared(tmp_path_factory) -> Path:
 def run_tree(prepared: Path, out: Path) -> dict:
     return {
         "out": str(out), "steps": 12, "batch": 8, "data": {"path": str(prepared), "weights": [["text", 1.0]]},
-        "model": {"context": LENGTH, "embed": 32, "num_layers": 2, "block": {"attention": {"num_heads": 4}, "ffn": {"mlp": 48}}},
+        "model": {
+            "context": LENGTH, "embed": 32, "num_layers": 2, "block": {"attention": {"num_heads": 4}, "ffn": {"mlp": 48}},
+        },
         "optimizer": {"kind": "adamw", "learning_rate": 3e-3},
         "schedule": {"kind": "constant", "warmup": 2},
         "metrics": {"every": 1, "console": False},
@@ -265,7 +267,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(unbroke
 def test_a_loss_spike_rewinds_and_skips_the_data_that_caused_it(prepared, tmp_path):
     # One row in about a hundred is noise: at batch 1 the loss jumps when it comes, once the text is learnt.
     spiky = [
-        "data.weights=[[text, 1.0], [noise, 0.011]]", "batch=4", "steps=90", "checkpoints.every=10", "optimizer.learning_rate=1e-2",
+        "data.weights=[[text, 1.0], [noise, 0.011]]", "batch=4", "steps=90", "checkpoints.every=10",
+        "optimizer.learning_rate=1e-2",
         "stability={spike_zscore: 12.0, spike_window: 20, skip_batches: 2}", "mesh.fsdp=4",
     ]  # fmt: skip
     train(parse(prepared, tmp_path / "run", *spiky))
