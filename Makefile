@@ -54,7 +54,8 @@ pip_or_uv = if [ -x $(VENV)/bin/uv ]; then $(UV) $(1); else $(PIP) $(1); fi
 # A link to a Python that was removed counts as missing.
 $(PY):
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
-		{ echo "jaxllm needs Python 3.11 or newer, $(PYTHON) is: $$($(PYTHON) --version 2>&1); say make PYTHON=python3.12" >&2; exit 1; }
+		{ echo "jaxllm needs Python 3.11 or newer, $(PYTHON) is: $$($(PYTHON) --version 2>&1);" \
+			"say make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) --quiet uv || echo "uv cannot be had: pip installs, which takes longer"
 
@@ -67,9 +68,11 @@ $(VENV)/installed: $(PINS) | $(PY)
 # A CPU wheel in PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL brings them back, ORACLE=1 insists.
 $(VENV)/installed-test: $(VENV)/installed
 	@extras=test,oracle; \
-	if [ -z "$(ORACLE)" ] && $(call pip_or_uv,--dry-run '.[oracle]') 2>&1 | grep -qE "nvidia-|No solution|No matching"; then \
+	if [ -z "$(ORACLE)" ] && \
+		$(call pip_or_uv,--dry-run '.[oracle]') 2>&1 | grep -qE "nvidia-|No solution|No matching"; then \
 		extras=test; \
-		echo "tests against torch will skip: no torch without CUDA for this Python (PIP_FIND_LINKS may name one; ORACLE=1 takes any)"; \
+		echo "tests against torch will skip: no torch without CUDA for this Python" \
+			"(PIP_FIND_LINKS may name one; ORACLE=1 takes any)"; \
 	fi; \
 	$(call pip_or_uv,--quiet -e ".[$$extras]")
 	@touch $@

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from jaxllm.core.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 1 (doctor: something needed is missing), 2 (a message for the user), 130 (interrupted), 141 (a closed pipe)."""
+    """Exit status: 0; 1 (doctor: something is missing), 2 (a message for the user), 130 (interrupt), 141 (pipe)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _run(*argv) if argv else _run("--help") or 2
@@ -61,7 +60,9 @@ def _generate(verb: str, argv: list[str]) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="sampling.top_k=K")
     parser.add_argument("--top-p", type=float, metavar="P", help="sampling.top_p=P")
     parser.add_argument("--seed", type=int, metavar="N", help="seed=N")
+    prompts, argv = _take("--prompt", argv)
     args = parser.parse_intermixed_args(argv)
+    args.prompt = [*prompts, *(args.prompt or [])] or None
     given = {name: value for name, value in vars(args).items() if value is not None}
     overrides = {name: given[name] for name in ("prompt", "max_new_tokens", "seed") if name in given}
     if sampling := {name: given[name] for name in ("temperature", "top_k", "top_p") if name in given}:
@@ -71,7 +72,24 @@ def _generate(verb: str, argv: list[str]) -> None:
         else:
             overrides["sampling.kind"] = "sample"
         overrides |= {f"sampling.{name}": value for name, value in sampling.items()}
-    _call(args, verb, [f"{path}={json.dumps(value)}" for path, value in overrides.items()])
+    from jaxllm.core.config import override
+
+    _call(args, verb, [override(path, value) for path, value in overrides.items()])
+
+
+def _take(flag: str, argv: list[str]) -> tuple[list[str], list[str]]:
+    """The texts given with `flag`, and the other arguments. argparse would not take a text that begins with a dash."""
+    texts, others, rest = [], [], iter(argv)
+    for arg in rest:
+        if arg == "--":
+            others += [arg, *rest]
+        elif arg.startswith(f"{flag}="):
+            texts.append(arg.removeprefix(f"{flag}="))
+        elif arg == flag and (text := next(rest, None)) is not None:
+            texts.append(text)
+        else:
+            others.append(arg)
+    return texts, others
 
 
 def _call(args: argparse.Namespace, verb: str, overrides: list[str]) -> None:

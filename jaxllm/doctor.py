@@ -1,6 +1,7 @@
 """`jaxllm doctor`: what this machine has for jaxllm, what it lacks, and what to type for it."""
 
 import importlib.metadata
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,9 @@ from packaging.version import Version
 import jaxllm
 from jaxllm.core.config import load
 from jaxllm.core.errors import UserError
+from jaxllm.core.metrics import Metrics
+from jaxllm.core.sinks import check_extras
+from jaxllm.inference.config import GenerateConfig
 
 CONSTRAINTS = Path(jaxllm.__file__).parents[1] / "constraints.txt"  # there in a checkout only
 MARKS = {"good": "ok", "note": "--", "missing": "!!"}
@@ -48,9 +52,7 @@ def findings(config: str | None, overrides: Sequence[str] = ()) -> Iterator[Find
     yield Finding("good" if new_enough else "missing", "python", f"{sys.version.split()[0]} at {sys.executable}",
                   "" if new_enough else "install Python 3.11 or newer")  # fmt: skip
     if installed("jaxllm") is None:
-        yield Finding(
-            "missing", "jaxllm", "runs from its folder but is not installed", "pip install -c constraints.txt -e ."
-        )
+        yield Finding("missing", "jaxllm", "runs from its folder but is not installed", pinned_install())
         return
     requirements = [Requirement(text) for text in importlib.metadata.requires("jaxllm")]
     needed = [r for r in requirements if not r.marker or r.marker.evaluate({"extra": ""})]
@@ -67,13 +69,23 @@ def findings(config: str | None, overrides: Sequence[str] = ()) -> Iterator[Find
         of_extra = [r for r in requirements if r not in needed and r.marker.evaluate({"extra": extra})]
         absent = [problem[0] for r in of_extra if (problem := unmet(r))]
         if absent:
-            yield Finding("note", f"extra {extra}", f"not here: {', '.join(absent)}", f"pip install 'jaxllm[{extra}]'")
+            yield Finding("note", f"extra {extra}", f"not here: {', '.join(absent)}", pip(f"jaxllm[{extra}]"))
         else:
             yield Finding("good", f"extra {extra}", "is here")
     if not broken:
         yield from machine()
         if config:
             yield from fit(config, overrides)
+
+
+def pip(*what: str) -> str:
+    """The command that installs `what` beside this Python, also where no environment is activated."""
+    return shlex.join([sys.executable, "-m", "pip", "install", *what])
+
+
+def pinned_install() -> str:
+    """The command that installs this checkout with the versions it was tested with."""
+    return pip("-c", str(CONSTRAINTS), "-e", str(CONSTRAINTS.parent))
 
 
 def installed(name: str) -> str | None:
@@ -86,7 +98,7 @@ def installed(name: str) -> str | None:
 
 def unmet(requirement: Requirement) -> tuple[str, str, str] | None:
     """Subject, finding and remedy if a requirement, with the extras it asks for, is not fulfilled here."""
-    version, remedy = installed(requirement.name), f"pip install '{requirement.name}{requirement.specifier}'"
+    version, remedy = installed(requirement.name), pip(f"{requirement.name}{requirement.specifier}")
     if version is None:
         return requirement.name, "is not installed", remedy
     if not requirement.specifier.contains(version, prereleases=True):
@@ -110,7 +122,7 @@ def untested() -> Iterator[Finding]:
     other = [pin for pin in here if not pin.specifier.contains(Version(installed(pin.name)).public, prereleases=True)]
     if other:
         shown = ", ".join(f"{pin.name} {installed(pin.name)} (tested: {str(pin.specifier)[2:]})" for pin in other)
-        yield Finding("note", "versions", shown, "pip install -c constraints.txt -e .")
+        yield Finding("note", "versions", shown, pinned_install())
     else:
         yield Finding("good", "versions", "those of constraints.txt")
 
@@ -119,15 +131,12 @@ def machine() -> Iterator[Finding]:
     """Devices, compilation cache, disk."""
     import jax
 
-    from jaxllm.train.loop import keep_compiled_programs
+    from jaxllm.train.runtime import keep_compiled_programs
 
-    try:
-        devices = jax.devices()
-    except RuntimeError as e:  # a platform asked for by name that cannot start
-        yield Finding(
-            "missing", "devices", " ".join(str(e).split()), "unset JAX_PLATFORMS, or install the extra of that platform"
-        )
+    if problem := why_no_devices():
+        yield problem
         return
+    devices = jax.devices()
     first = devices[0]
     stats = first.memory_stats() or {}  # the CPU has none
     memory = f", {stats['bytes_limit'] / 2**30:.1f} GiB each" if "bytes_limit" in stats else ""
@@ -137,7 +146,7 @@ def machine() -> Iterator[Finding]:
         f"{len(devices)} x {first.device_kind} ({first.platform}{memory}), {jax.process_count()} process(es)",
     )
     if first.platform == "cpu" and shutil.which("nvidia-smi"):
-        yield Finding("note", "GPU", "there is one, but JAX does not use it", "pip install 'jaxllm[cuda]'")
+        yield Finding("note", "GPU", "there is one, but JAX does not use it", pip("jaxllm[cuda]"))
     keep_compiled_programs()
     yield Finding("good", "compiled programs", f"kept in {jax.config.jax_compilation_cache_dir}")
     free = shutil.disk_usage(".").free / 2**30
@@ -149,8 +158,23 @@ def machine() -> Iterator[Finding]:
     )
 
 
+def why_no_devices() -> Finding | None:
+    """What is wrong if JAX cannot start a platform that it was asked for by name."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as e:  # JAX asserts, in no words, that the CUDA plugin is there
+        asked = jax.config.jax_platforms
+        found = f"JAX_PLATFORMS={asked} cannot start; {' '.join(str(e).split()) or 'its plugin is not installed'}"
+        extras = [name for name in ("cuda", "tpu") if name in (asked or "").split(",")]
+        install = "".join(f", or {pip(f'jaxllm[{name}]')}" for name in extras)
+        return Finding("missing", "devices", found, f"unset JAX_PLATFORMS{install}")
+    return None
+
+
 def fit(config: str, overrides: Sequence[str] = ()) -> Iterator[Finding]:
-    """Whether a config loads and, for training, whether devices and prepared data are there for it."""
+    """Whether a config loads and what it needs is there: for training sinks, data and devices, else a model."""
     from jaxllm import verbs
 
     try:
@@ -160,8 +184,12 @@ def fit(config: str, overrides: Sequence[str] = ()) -> Iterator[Finding]:
         yield Finding("missing", "config", str(e))
         return
     yield Finding("good", "config", f"{config} is one for `jaxllm {verb}`")
-    if verb != "train":
+    if verb == "prepare":
         return
+    if verb == "generate":
+        yield model_of(cfg)
+        return
+    yield from sinks_of(cfg.metrics)
     import jax
 
     from jaxllm.data.manifest import open_prepared
@@ -174,8 +202,11 @@ def fit(config: str, overrides: Sequence[str] = ()) -> Iterator[Finding]:
         yield Finding(
             "good",
             "data",
-            f"{cfg.data.path}: {sum(t['train']['rows'] for t in prepared.manifest['tasks'].values())} rows of {prepared.length} tokens",
+            f"{cfg.data.path}: {sum(task['train']['rows'] for task in prepared.manifest['tasks'].values())} rows"
+            f" of {prepared.length} tokens",
         )
+        if why_no_devices():  # said already
+            return
         setup = set_up(cfg)
         for rows in cfg.ramp_sizes():
             abstract_batch(setup, rows // cfg.accumulate, prepared.length)
@@ -185,3 +216,24 @@ def fit(config: str, overrides: Sequence[str] = ()) -> Iterator[Finding]:
     mesh = ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(setup.state)) / 2**30
     yield Finding("good", "mesh", f"{mesh}; the training state takes {size:.2f} GiB over all devices")
+
+
+def sinks_of(metrics: Metrics) -> Iterator[Finding]:
+    """The sinks whose package is not installed."""
+    for sink in metrics.sinks:
+        try:
+            check_extras(Metrics(sinks=(sink,)))
+        except UserError as e:
+            yield Finding("missing", f"sink {sink.kind}", str(e).partition(";")[0], pip(f"jaxllm[{sink.kind}]"))
+
+
+def model_of(cfg: GenerateConfig) -> Finding:
+    """Whether there is a checkpoint where a generate config says."""
+    from jaxllm.train.checkpoint import stored_model
+
+    folder = Path(cfg.model) if cfg.step is None else Path(cfg.model) / "checkpoints" / f"{cfg.step:08d}"
+    try:
+        stored = stored_model(folder)
+    except UserError as e:
+        return Finding("missing", "model", str(e), "train one, or name another: model=RUN")
+    return Finding("good", "model", f"{folder}: {stored.num_layers} layers, embed {stored.embed}")

@@ -10,29 +10,36 @@ Each takes a YAML file or a config object, and overrides; what is wrong with the
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jaxllm.core.config import C, Config, load, parse, read_tree
 from jaxllm.core.errors import ConfigError
 
+if TYPE_CHECKING:  # these import JAX
+    import jaxllm.data.manifest
+    import jaxllm.inference.generate
+    import jaxllm.train.loop
 
-def prepare(config: str | Path | Config, *overrides: str) -> Any:
-    """Writes packed token shards and their manifest; `config` is a PrepareConfig."""
+SIGNS = {"prepare": "tasks", "generate": "prompt", "train": "optimizer"}  # a required field that only this verb has
+
+
+def prepare(config: str | Path | Config, *overrides: str) -> "jaxllm.data.manifest.Prepared":
+    """The folder of packed token shards and their manifest, once it is written; `config` is a PrepareConfig."""
     cfg = resolve(schema("prepare"), config, overrides)
     from jaxllm.data.prepare import prepare
 
     return prepare(cfg)
 
 
-def train(config: str | Path | Config, *overrides: str) -> Any:
-    """Trains a model, or goes on with a run that was stopped; `config` is a RunConfig."""
+def train(config: str | Path | Config, *overrides: str) -> "jaxllm.train.loop.Result":
+    """How training a model ended, begun anew or gone on with where it was stopped; `config` is a RunConfig."""
     cfg = resolve(schema("train"), config, overrides)
     from jaxllm.train.loop import train
 
     return train(cfg)
 
 
-def generate(config: str | Path | Config, *overrides: str) -> list:
+def generate(config: str | Path | Config, *overrides: str) -> "list[jaxllm.inference.generate.Completion]":
     """Completions of prompts, printed too; `config` is a GenerateConfig, or the folder of a run or of a checkpoint."""
     wanted = schema("generate")
     if not isinstance(config, Config) and Path(config).is_dir():
@@ -57,15 +64,30 @@ def schema(verb: str) -> type[Config]:
 
 
 def resolve(wanted: type[C], config: str | Path | Config, overrides: tuple[str, ...] = ()) -> C:
-    """A config object, given one or the YAML file of one."""
+    """A config object, given one or the YAML file of one.
+
+    Raises:
+      ConfigError: listing every wrong field, after the verb that the file is for if it is for another.
+    """
     if not isinstance(config, Config):
-        return load(wanted, config, overrides)
+        try:
+            return load(wanted, config, overrides)
+        except ConfigError as e:
+            told_by = signs(config)
+            if not told_by or any(schema(verb) is wanted for verb in told_by):
+                raise
+            raise ConfigError(f"{config}: this is a config for `jaxllm {told_by[0]}`\n{e}") from None
     if not isinstance(config, wanted):
         raise ConfigError(f"a {wanted.__name__} is needed here, got a {type(config).__name__}")
     return parse(wanted, config.model_dump(mode="json"), overrides) if overrides else config
 
 
 def verb_of(path: str | Path) -> str:
-    """The verb that a config file is for, told by the fields that only it has."""
+    """The verb that a config file is for, told by the fields that only it has; `train` if there are none."""
+    return (*signs(path), "train")[0]
+
+
+def signs(path: str | Path) -> list[str]:
+    """The verbs that have a field of their own in a config file."""
     tree = read_tree(Path(path))
-    return "prepare" if "tasks" in tree else "generate" if "prompt" in tree else "train"
+    return [verb for verb, field in SIGNS.items() if field in tree]

@@ -19,8 +19,14 @@ cfg = load(RunConfig, sys.argv[1], sys.argv[2:])
 run = Path(cfg.out)
 
 print(f"loss curves: {draw_losses(run)}\n")
+measured = series(run, "validation_bits_per_byte")
+if not measured:
+    sys.exit(
+        f"{run}: no held-out evaluation was logged, so there is nothing to compare with a bigram; let the run end,"
+        " or, if its data was prepared with `validation: 0`, prepare it with more and train again"
+    )
 generate(run, 'prompt=["def "]', "max_new_tokens=80", "sampling={kind: sample, temperature: 0.7, top_p: 0.9}")
 
-_, measured = series(run, "validation_bits_per_byte")["validation_bits_per_byte"]
+_, bits_per_byte = measured["validation_bits_per_byte"]
 bigram = bigram_bits_per_byte(open_prepared(cfg.data.path))
-print(f"\nquickstart: model {measured[-1]:.3f} bits/byte, bigram {bigram:.3f} bits/byte, run folder {run}")
+print(f"\nquickstart: model {bits_per_byte[-1]:.3f} bits/byte, bigram {bigram:.3f} bits/byte, run folder {run}")

@@ -1,5 +1,6 @@
 """The command line as processes and as a function: exit status, messages, and which config reaches a verb."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from packaging.requirements import Requirement
 
 from jaxllm import cli, doctor, verbs
-from jaxllm.core.config import dump, load
+from jaxllm.core.config import dump, load, parse
 from jaxllm.core.errors import ConfigError
 from jaxllm.inference.config import Beam, GenerateConfig, Greedy, Sample
 from jaxllm.train.config import RunConfig
@@ -118,6 +121,20 @@ def test_flags_of_generate_are_short_for_overrides(asked, tmp_path, flags, sampl
     assert cfg == GenerateConfig(model="runs/x", prompt=('é\n: "x"',), sampling=sampling, seed=3, max_new_tokens=5)
 
 
+ODD = ["", "-x", "--", "--prompt", "--seed 3", "a=b", "- a", "[b", "😀", "\x7f\x85\u2028\ufeff"]
+
+
+@given(st.text() | st.sampled_from(ODD))
+@pytest.mark.parametrize("written", [lambda text: ["--prompt", text], lambda text: [f"--prompt={text}"]])
+def test_any_text_may_be_a_prompt(written, text):
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verbs, "generate", lambda config, *overrides: calls.append(overrides))
+        assert cli.main(["generate", *written(text), "c.yaml", "seed=2"]) == 0
+    (overrides,) = calls
+    assert parse(GenerateConfig, {"model": "x"}, overrides) == GenerateConfig(model="x", prompt=(text,), seed=2)
+
+
 def test_top_k_of_a_greedy_choice_is_refused(tmp_path, capsys):
     assert cli.main(["generate", str(tmp_path), "--prompt", "a", "--temperature", "0", "--top-k", "2"]) == 2
     assert "sampling.top_k: no such field" in capsys.readouterr().err
@@ -146,8 +163,21 @@ def test_a_config_tells_which_verb_it_is_for(tmp_path):
     ]
 
 
+def test_a_config_of_another_verb_is_told_before_its_errors(capsys):
+    data = ROOT / "configs/data/quickstart.yaml"
+    assert cli.main(["train", str(data)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == [f"{data}: this is a config for `jaxllm prepare`", f"{data}:"]
+    assert cli.main(["train", str(QUICKSTART), "stepz=1"]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == f"{QUICKSTART}:"
+
+
 def test_a_report_draws_both_curves_and_skips_a_half_written_line(tmp_path, capsys):
-    log = '{"step": 1, "loss": 5.0}\n{"event": "compile", "message": "x"}\n{"step": 2, "loss": "nan"}\n{"step": 2, "validation_loss": 4.5}\n{"st'
+    log = """{"step": 1, "loss": 5.0}
+{"event": "compile", "message": "x"}
+{"step": 2, "loss": "nan"}
+{"step": 2, "validation_loss": 4.5}
+{"st"""
     (tmp_path / "metrics.jsonl").write_text(log)
     assert cli.main(["report", str(tmp_path)]) == 0
     assert Path(capsys.readouterr().out.strip()) == tmp_path / "loss.png"
@@ -170,10 +200,10 @@ def test_doctor_tells_missing_from_old_from_good():
     assert doctor.unmet(Requirement("no-such-package>=1")) == (
         "no-such-package",
         "is not installed",
-        "pip install 'no-such-package>=1'",
+        f"{sys.executable} -m pip install 'no-such-package>=1'",
     )
     name, found, remedy = doctor.unmet(Requirement("numpy>=99"))
-    assert (name, remedy) == ("numpy", "pip install 'numpy>=99'") and found.endswith("needed is >=99")
+    assert (name, remedy) == ("numpy", doctor.pip("numpy>=99")) and found.endswith("needed is >=99")
 
 
 def test_doctor_finds_that_a_config_does_not_fit_what_is_here(tmp_path):
@@ -182,6 +212,32 @@ def test_doctor_finds_that_a_config_does_not_fit_what_is_here(tmp_path):
 
     assert states("stepz=3") == [("missing", "config")]
     assert states(f"data.path={tmp_path}") == [("good", "config"), ("missing", "fit")]
+
+
+def test_doctor_names_each_sink_whose_package_is_not_here(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = [f for f in doctor.fit(str(QUICKSTART), ["metrics.sinks=[tensorboard, wandb]"]) if "sink" in f.subject]
+    assert [(f.state, f.subject) for f in found] == [("missing", "sink tensorboard"), ("missing", "sink wandb")]
+    assert "tensorboardX is not installed" in found[0].found
+    assert [f.remedy for f in found] == [doctor.pip("jaxllm[tensorboard]"), doctor.pip("jaxllm[wandb]")]
+
+
+def test_doctor_finds_that_a_model_to_generate_from_is_not_there(tmp_path):
+    config = tmp_path / "g.yaml"
+    config.write_text(dump(GenerateConfig(model=str(tmp_path / "run"), prompt=("a",))))
+    assert [(f.state, f.subject) for f in doctor.fit(str(config))] == [("good", "config"), ("missing", "model")]
+    assert f"{tmp_path / 'run'}: no checkpoint here" in [*doctor.fit(str(config))][1].found
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_doctor_says_that_a_platform_asked_for_is_not_here(platform):
+    if importlib.util.find_spec("jax_plugins"):
+        pytest.skip("JAX has plugins here, so a platform may start")
+    script = "from jaxllm import doctor\nfor f in doctor.machine(): print(f.state, f.subject, f.found, '->', f.remedy)"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": platform}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.startswith(f"missing devices JAX_PLATFORMS={platform} cannot start; ")
+    assert "-> unset JAX_PLATFORMS" in done.stdout and ("jaxllm[cuda]" in done.stdout) == (platform == "cuda")
 
 
 def test_doctor_ends_with_status_1_if_something_needed_is_missing(monkeypatch, capsys):

@@ -41,3 +41,14 @@ def test_the_quickstart_ends_with_bits_per_byte_beside_a_bigram_and_a_completion
     assert 1 < bigram < 5 and 1 < model < 8
     assert any(line.startswith("def ") for line in lines)
     assert (tmp_path / "runs/quickstart/loss.png").stat().st_size > 5_000
+
+
+def test_without_a_held_out_evaluation_there_is_one_message(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
+    command = [sys.executable, ROOT / "notebooks/quickstart.py", ROOT / "configs/train/quickstart.yaml"]
+    done = subprocess.run(
+        [*command, f"out={tmp_path}"], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith(f"{tmp_path}: no held-out evaluation was logged")
+    assert done.stderr.count("\n") == 1

@@ -1,7 +1,7 @@
 """Ours beside a peer on the same machine in the same run: one JSON object a measurement.
 
-A module here is a measurement: its `measure(rounds)` returns what `compare` does, the unit, the config and what the
-peer is. Every number in the README comes from a file written here.
+A module here is a measurement: its `measure(rounds)` returns what `compare` does, the unit, the config, what the
+peer is and the versions of its packages. Every number in the README comes from a file written here.
 """
 
 import datetime
@@ -12,6 +12,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from jaxllm.core.errors import UserError
 from jaxllm.core.machine import describe_machine, versions
 
 
@@ -21,19 +22,30 @@ def names() -> list[str]:
 
 
 def run(name: str, rounds: int = 5, file: Path | None = None) -> dict[str, Any]:
-    """Prints, and writes to `file`, one object: name, ours, peer, ratio (> 1: ours is better), raw times, versions."""
+    """Prints, and writes to `file`, one object: name, ours, peer, ratio (> 1: ours is better), raw times, versions.
+
+    Raises:
+      UserError: before anything is measured, if there is no round to take or `file` cannot be written.
+    """
+    if rounds < 1:
+        raise UserError(f"bench {name}: --rounds must be at least 1, got {rounds}")
+    if file:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.open("a", encoding="utf-8").close()
+        except OSError as e:
+            raise UserError(f"bench {name}: --json {file} cannot be written ({e.strerror}); name another") from None
     measured = importlib.import_module(f"{__name__}.{name}").measure(rounds)
     result = {
         "name": name,
         **measured,
-        "versions": versions(),
+        "versions": versions() | measured.get("versions", {}),
         "machine": describe_machine(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     text = json.dumps(result, indent=1)
     print(text)
     if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text + "\n", encoding="utf-8")
     return result
 

@@ -50,7 +50,7 @@ def measure(rounds: int) -> dict[str, Any]:
             wall, cpu = (ours if side == "ours" else peer)(precision)
             seconds[precision][side].append(wall)
             cpu_seconds[precision][side].append(cpu)
-    tokens = SHAPE["batch"] * SHAPE["seq"] * STEPS
+    tokens, torch = float(SHAPE["batch"] * SHAPE["seq"] * STEPS), importlib.metadata.version("torch")
     results = {p: compare(**sides, work=tokens) | {"cpu_seconds": cpu_seconds[p]} for p, sides in seconds.items()}
     return {
         "unit": "tokens/s",
@@ -58,7 +58,9 @@ def measure(rounds: int) -> dict[str, Any]:
         "bfloat16": results["bfloat16"],
         "load_before": load,
         "config": {**SHAPE, "optimizer": "adamw", "clip": 1.0, "steps_per_round": STEPS, "rounds": rounds},
-        "peer_is": f"torch {importlib.metadata.version('torch')}, eager: RMSNorm, RoPE, SwiGLU, scaled_dot_product_attention, fused AdamW; bfloat16 is autocast",
+        "versions": {"torch": torch},
+        "peer_is": f"torch {torch}, eager: RMSNorm, RoPE, SwiGLU, scaled_dot_product_attention, fused AdamW;"
+        " bfloat16 is autocast",
     }
 
 
@@ -121,8 +123,10 @@ def our_steps(precision: str) -> Callable[[int], float]:
     rows = _rows().astype(np.int32)
     shape = rows[:, 1:].shape
     batch = {
-        "tokens": rows[:, :-1], "targets": rows[:, 1:], "positions": np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
-        "documents": np.ones(shape, np.int32), "weights": np.ones(shape, np.float32), "bytes": np.full(shape[0], shape[1], np.int32),
+        "tokens": rows[:, :-1], "targets": rows[:, 1:],
+        "positions": np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
+        "documents": np.ones(shape, np.int32), "weights": np.ones(shape, np.float32),
+        "bytes": np.full(shape[0], shape[1], np.int32),
     }  # fmt: skip
 
     def run(steps: int) -> float:

@@ -74,7 +74,7 @@ def parse(schema: type[C], tree: dict[str, Any], overrides: Sequence[str] = (), 
         if not sep or not key:
             raise ConfigError(f"override {text!r} is not `path=value`; write for example model.num_layers=12")
         try:
-            tree = _set(tree, key.split("."), yaml.load(value, _Yaml))
+            tree = _set(tree, key.split("."), yaml.load(value, _Yaml), [schema])
         except yaml.YAMLError as e:
             raise ConfigError(f"override {text!r}: the value is not YAML ({_one_line(e)})") from None
     _check_version(schema, tree, name)
@@ -82,6 +82,21 @@ def parse(schema: type[C], tree: dict[str, Any], overrides: Sequence[str] = (), 
         return schema.model_validate(tree)
     except pydantic.ValidationError as e:
         raise ConfigError(f"{name}:\n" + "\n".join(_explain(schema, err) for err in e.errors())) from None
+
+
+def override(path: str, value: Any) -> str:
+    """The override that sets `path` to a plain value, whatever text is in it."""
+    text = json.dumps(value, default=str).replace("\x7f", "\\x7f")  # JSON leaves DEL, YAML refuses it
+    return f"{path}={_SURROGATES.sub(_code_point, text)}"
+
+
+# JSON escapes what lies beyond 16 bits in two halves, which YAML refuses
+_SURROGATES = re.compile(r"\\u(d[89ab]\w\w)\\u(d[c-f]\w\w)")
+
+
+def _code_point(halves: re.Match) -> str:
+    high, low = (int(half, 16) for half in halves.groups())
+    return f"\\U{0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00):08x}"
 
 
 def read_tree(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -101,7 +116,11 @@ def read_tree(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of names to values, got {type(tree).__name__}")
     base = tree.pop("base", None)
-    return merge(read_tree(path.parent / base, (*_seen, path.resolve())), tree) if base else tree
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: `base:` names one config file, got {base!r}")
+    return merge(read_tree(path.parent / base, (*_seen, path.resolve())), tree)
 
 
 def dump(cfg: Config) -> str:
@@ -120,12 +139,15 @@ def sweep(axes: Sequence[str]) -> Iterator[list[str]]:
     keys, values = [], []
     for axis in axes:
         key, sep, value = axis.partition("=")
-        points = yaml.load(value, _Yaml) if sep else None
+        try:
+            points = yaml.load(value, _Yaml) if sep else None
+        except yaml.YAMLError as e:
+            raise ConfigError(f"sweep axis {axis!r}: the values are not YAML ({_one_line(e)})") from None
         if not isinstance(points, list):
             raise ConfigError(f"sweep axis {axis!r} is not `path=[value, ...]`")
         keys.append(key), values.append(points)
     for point in itertools.product(*values):
-        yield [f"{k}={json.dumps(v)}" for k, v in zip(keys, point, strict=True)]
+        yield [override(k, v) for k, v in zip(keys, point, strict=True)]
 
 
 class FieldDoc(NamedTuple):
@@ -138,21 +160,21 @@ class FieldDoc(NamedTuple):
 
 
 def fields(schema: type[Config], prefix: str = "", _above: tuple[type, ...] = ()) -> Iterator[FieldDoc]:
-    """Every settable path below `schema`. The doc of a field is the comment on its line."""
+    """Every settable path below `schema`, what may hold itself unfolded once. The doc is the comment on its line."""
     docs = _comments(schema)
     for name, field in schema.model_fields.items():
         path = f"{prefix}{name}"
-        nested = [t for t in _leaf_types(field.annotation) if isinstance(t, type) and issubclass(t, Config)]
+        nested = _configs(field.annotation)
         default = "required" if field.is_required() else _short(field.get_default(call_default_factory=True))
         if not nested:
             yield FieldDoc(path, _type_name(field.annotation), default, docs.get(name, ""))
             continue
         kinds = [_kind(t) for t in nested if _kind(t)]
         yield FieldDoc(path, " | ".join(kinds) or nested[0].__name__, default, docs.get(name, ""))
+        if not {schema, *_above}.isdisjoint(nested):  # a mask of masks: what is in a mask is listed above already
+            continue
         for t in nested:
             inner = f"{path}[]." if _is_tuple(field.annotation) else f"{path}."
-            if t is schema or t in _above:  # a mask of masks names itself: once is enough
-                continue
             for f in fields(t, inner, (*_above, schema)):
                 if f.path != f"{inner}kind":
                     yield f._replace(
@@ -160,14 +182,17 @@ def fields(schema: type[Config], prefix: str = "", _above: tuple[type, ...] = ()
                     )
 
 
-def _set(tree: Any, keys: list[str], value: Any) -> Any:
-    """A copy of `tree` with the value at `keys`; a new `kind` clears the block it names."""
+def _set(tree: Any, keys: list[str], value: Any, schemas: list[type[Config]]) -> Any:
+    """A copy of `tree`, filling one of `schemas`, with the value at `keys`.
+
+    A new `kind` clears the block it names; an absent block starts as the field's default.
+    """
     key, rest = keys[0], keys[1:]
     if isinstance(tree, list):
         if not key.isdigit() or int(key) >= len(tree):
             raise ConfigError(f"override: {key!r} is no index of a list of {len(tree)}")
         copy = list(tree)
-        copy[int(key)] = _set(copy[int(key)], rest, value) if rest else value
+        copy[int(key)] = _set(copy[int(key)], rest, value, schemas) if rest else value
         return copy
     if isinstance(tree, str):  # `optimizer: muon` is short for `optimizer: {kind: muon}`
         tree = {"kind": tree}
@@ -175,7 +200,13 @@ def _set(tree: Any, keys: list[str], value: Any) -> Any:
         raise ConfigError(f"override: cannot set {key!r} inside {tree!r}")
     tree = tree or {}
     if rest:
-        return tree | {key: _set(tree.get(key), rest, value)}
+        possible = [t for t in schemas if _kind(t) == tree.get("kind")] or schemas
+        here = [t.model_fields[key] for t in possible if key in t.model_fields]
+        block = tree.get(key)
+        if block is None:
+            defaults = [field.get_default(call_default_factory=True) for field in here]
+            block = next((d.model_dump(mode="json") for d in defaults if _kind(type(d))), None)
+        return tree | {key: _set(block, rest, value, [t for field in here for t in _configs(field.annotation)])}
     if key == "kind" and tree.get("kind") not in (None, value):
         return {"kind": value}
     return tree | {key: value}
@@ -197,12 +228,13 @@ def _check_version(schema: type[Config], tree: dict, name: str) -> None:
     asked = tree.get("version", known)
     if isinstance(asked, int) and known is not None and asked > known:
         raise ConfigError(
-            f"{name}: config version {asked} is newer than version {known}, the newest this jaxllm reads; upgrade jaxllm"
+            f"{name}: config version {asked} is newer than version {known}, the newest this jaxllm reads;"
+            " upgrade jaxllm"
         )
 
 
 def _explain(schema: type[Config], err: dict) -> str:
-    path, siblings = _locate(schema, err["loc"])
+    path, siblings, here = _locate(schema, err["loc"])
     shown = ".".join(path) or "(top)"
     if err["type"] == "extra_forbidden":
         near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)
@@ -211,7 +243,7 @@ def _explain(schema: type[Config], err: dict) -> str:
     if err["type"] == "union_tag_invalid":
         return f"  {shown}: no kind {err['ctx']['tag']!r}; known: {err['ctx']['expected_tags']}"
     if err["type"] == "union_tag_not_found":
-        return f"  {shown}: `kind:` is missing"
+        return f"  {shown}: `kind:` is missing; known: {', '.join(repr(_kind(t)) for t in here)}"
     if err["type"] == "missing":
         return f"  {shown}: is required"
     message = err["msg"].replace("Value error, ", "")
@@ -220,8 +252,8 @@ def _explain(schema: type[Config], err: dict) -> str:
     return f"  {shown}: {message}"
 
 
-def _locate(schema: Any, loc: tuple) -> tuple[list[str], set[str]]:
-    """The path as the file spells it (union tags taken out) and the fields that are known beside its end."""
+def _locate(schema: Any, loc: tuple) -> tuple[list[str], set[str], list[type[Config]]]:
+    """The path as the file spells it (union tags taken out), the fields known beside its end, the configs there."""
     path, here = [], [schema]
     for part in loc:
         tagged = [t for t in here if _kind(t) == part] if len(here) > 1 else []
@@ -233,13 +265,17 @@ def _locate(schema: Any, loc: tuple) -> tuple[list[str], set[str]]:
             continue
         siblings = set().union(*(getattr(t, "model_fields", {}) for t in here)) if here else set()
         fields_ = [t.model_fields[part] for t in here if part in getattr(t, "model_fields", {})]
-        here = [t for f in fields_ for t in _leaf_types(f.annotation) if isinstance(t, type) and issubclass(t, Config)]
-    return path, siblings if path else set()
+        here = [t for f in fields_ for t in _configs(f.annotation)]
+    return path, siblings if path else set(), here
 
 
 def _kind(schema: Any) -> str | None:
     field = getattr(schema, "model_fields", {}).get("kind")
     return field.default if field is not None else None
+
+
+def _configs(annotation: Any) -> list[type[Config]]:
+    return [t for t in _leaf_types(annotation) if isinstance(t, type) and issubclass(t, Config)]
 
 
 def _leaf_types(annotation: Any) -> list[Any]:

@@ -9,16 +9,17 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from jaxllm import verbs
-from jaxllm.core.config import Config, dump, fields, fingerprint, load, parse, read_tree, sweep, union
+from jaxllm.core.config import Config, dump, fields, fingerprint, load, override, parse, read_tree, sweep, union
 from jaxllm.core.errors import ConfigError, UserError
 from jaxllm.data.config import PrepareConfig
-from jaxllm.inference.config import GenerateConfig
+from jaxllm.inference.config import Beam, GenerateConfig, Sample
 from jaxllm.models.config import DecoderConfig
 from jaxllm.train.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 TREE = {"out": "runs/x", "steps": 10, "batch": 4, "data": {"path": "prepared/x"}, "model": {"kind": "decoder"},
         "optimizer": {"kind": "adamw", "learning_rate": 1e-3}}  # fmt: skip
+OPTIMIZERS = "'adamw', 'adafactor', 'lion', 'sgd', 'muon'"
 TEXT = """\
 out: runs/x
 steps: 10
@@ -78,9 +79,9 @@ def test_a_field_without_neighbours_gets_the_list_of_those_known():
 @pytest.mark.parametrize(
     "override, told",
     [
-        ("optimizer={kind: adam, learning_rate: 1e-3}", "  optimizer: no kind 'adam'; known: 'adamw', 'adafactor', 'lion', 'sgd', 'muon'"),
+        ("optimizer={kind: adam, learning_rate: 1e-3}", f"  optimizer: no kind 'adam'; known: {OPTIMIZERS}"),
         ("schedule=cosin", "  schedule: no kind 'cosin'; known: 'constant', 'cosine', 'linear', 'wsd', 'inverse_sqrt'"),
-        ("optimizer={learning_rate: 1e-3}", "  optimizer: `kind:` is missing"),
+        ("optimizer={learning_rate: 1e-3}", f"  optimizer: `kind:` is missing; known: {OPTIMIZERS}"),
         ("optimizer={kind: sgd}", "  optimizer.learning_rate: is required"),
         ("batch=6 ", None),
         ("accumulate=3", "  (top): batch=4 must be a multiple of accumulate=3"),
@@ -137,6 +138,16 @@ def test_a_config_of_a_future_version_asks_for_an_upgrade_and_nothing_else(schem
 ])  # fmt: skip
 def test_an_override_that_cannot_be_applied_is_told(override, told):
     assert complaint(parse, RunConfig, TREE, [override]).startswith(told)
+
+
+@pytest.mark.parametrize("base", ["3", "[a.yaml]", "{a: b}", "true", "0"])
+def test_a_base_that_is_no_file_name_is_refused(tiny, base):
+    Path("child.yaml").write_text(f"base: {base}\n")
+    assert complaint(load, RunConfig, "child.yaml").startswith("child.yaml: `base:` names one config file, got ")
+
+
+def test_a_sweep_that_is_not_yaml_is_told():
+    assert complaint(list, sweep(["seed=[0, 1"])).startswith("sweep axis 'seed=[0, 1': the values are not YAML")
 
 
 def test_an_index_beyond_a_list_is_told():
@@ -236,6 +247,39 @@ def test_a_sweep_is_the_product_of_its_axes_in_order():
     assert complaint(list, sweep(["seed=1"])) == "sweep axis 'seed=1' is not `path=[value, ...]`"
 
 
+TEXTS = st.text() | st.text(alphabet="\\\"'ud83e0\n\r\t\0\x7f\x85\u2028\ufeff\ufffe😀%@&*!|>-:#[]{}, ")
+
+
+@given(TEXTS)
+def test_an_override_carries_any_text(text):
+    assert parse(GenerateConfig, {"model": "x"}, [override("prompt", [text, "b"])]).prompt == (text, "b")
+    (point,) = sweep([override("model", [text])])
+    assert parse(GenerateConfig, {"model": "x", "prompt": ["a"]}, point).model == text
+
+
+GENERATE = {"model": "x", "prompt": ["a"]}
+
+
+def test_a_field_of_a_block_that_is_left_out_changes_the_default():
+    default = parse(GenerateConfig, GENERATE).sampling
+    assert parse(GenerateConfig, GENERATE, ["sampling.min_p=0.2"]).sampling == default.model_copy(
+        update={"min_p": 0.2}
+    )
+    assert parse(GenerateConfig, GENERATE, ["sampling.width=3", "sampling.kind=beam"]).sampling == Beam(width=3)
+    task = {"name": "a", "source": "python"}
+    assert parse(PrepareConfig, {"out": "x", "tasks": [task]}, ["tokenizer.add=[x]"]).tokenizer.add == ("x",)
+    rope = parse(RunConfig, TREE, ["model.position.theta=5e5"]).model.position
+    assert (rope.kind, rope.theta) == ("rope", 5e5)
+
+
+def test_a_field_that_the_default_kind_lacks_is_refused_and_a_block_without_kind_gets_the_list_of_them():
+    told = complaint(parse, GenerateConfig, GENERATE, ["sampling.width=3"])
+    assert told.startswith("config:\n  sampling.width: no such field; ")
+    told = complaint(parse, GenerateConfig, GENERATE | {"sampling": {"min_p": 0.2}})
+    assert told == "config:\n  sampling: `kind:` is missing; known: 'greedy', 'sample', 'beam'"
+    assert refusal("optimizer={}", "optimizer.b1=0.9").startswith("  optimizer: `kind:` is missing; known: 'adamw'")
+
+
 # --- values --------------------------------------------------------------------------------------------------------
 
 
@@ -285,10 +329,12 @@ def test_a_dumped_config_loads_to_an_equal_one_of_equal_fingerprint(tmp_path_fac
     assert fingerprint(again) == fingerprint(cfg)
 
 
-SOURCES = [{"kind": "text", "files": ["a*.txt"], "document": "line"}, {"kind": "jsonl", "files": ["a.jsonl.gz"]}, "python",
-           {"kind": "huggingface", "path": "x"}]  # fmt: skip
-TOKENIZERS = ["byte", {"kind": "hf", "file": "x"}, {"kind": "sentencepiece", "file": "x"}, {"kind": "tiktoken", "file": "x", "encoding": "gpt2"},
-              *({"kind": k, "vocab": 300, "add": ["<x>"]} for k in ("train_bpe", "train_unigram", "train_wordpiece"))]  # fmt: skip
+SOURCES = [{"kind": "text", "files": ["a*.txt"], "document": "line"}, {"kind": "jsonl", "files": ["a.jsonl.gz"]},
+           "python", {"kind": "huggingface", "path": "x"}]  # fmt: skip
+TOKENIZERS = ["byte", {"kind": "hf", "file": "x"}, {"kind": "sentencepiece", "file": "x"},
+              {"kind": "tiktoken", "file": "x", "encoding": "gpt2"},
+              *({"kind": k, "vocab": 300, "add": ["<x>"]}
+                for k in ("train_bpe", "train_unigram", "train_wordpiece"))]  # fmt: skip
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=str)
@@ -341,8 +387,13 @@ def test_every_listed_path_is_one_the_loader_knows(schema):
                 value, kind = value | {"kind": kind.rstrip(")")}, ""
         told = complaint(parse, schema, value)
         assert f"  {path.replace('[]', '.0')}: no such field" not in told
-        # a mask in a mask: the listing names only the inner kind
         assert path in told.replace(".0", "[]") or "`kind:` is missing" in told
+
+
+@pytest.mark.parametrize("schema", [RunConfig, PrepareConfig, GenerateConfig])
+def test_no_path_is_listed_twice(schema):
+    paths = [field.path for field in fields(schema)]
+    assert len(set(paths)) == len(paths)
 
 
 class Round(Config):
