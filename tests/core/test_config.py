@@ -12,7 +12,7 @@ from jaxllm import verbs
 from jaxllm.core.config import Config, dump, fields, fingerprint, load, override, parse, read_tree, sweep, union
 from jaxllm.core.errors import ConfigError, UserError
 from jaxllm.data.config import PrepareConfig
-from jaxllm.inference.config import Beam, GenerateConfig, Sample
+from jaxllm.inference.config import Beam, GenerateConfig
 from jaxllm.models.config import DecoderConfig
 from jaxllm.train.config import RunConfig
 
