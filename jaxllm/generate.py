@@ -42,9 +42,7 @@ def run(cfg: GenerateConfig, out: TextIOBase | None = None) -> list[Completion]:
     return completions
 
 
-def load(
-    folder: Path, step: int | None = None, precision: str | None = None
-) -> tuple[Decoder, tokenizers.Tokenizer]:
+def load(folder: Path, step: int | None = None, precision: str | None = None) -> tuple[Decoder, tokenizers.Tokenizer]:
     """Model and tokenizer of a run (its checkpoint of `step`, or the newest that is whole) or of one checkpoint.
 
     The weights are in `precision`; None: in what the run computed with, so that log-probabilities are the trainer's.

@@ -28,9 +28,7 @@ def write_run(folder, precision):
     cfg = DecoderConfig(vocab=tokenizer.vocab_size + 64, context=64, embed=16, num_layers=2, block=block)
     files = {"tokenizer": folder / "tokenizer", "config.yaml": f"precision: {{kind: {precision}}}\n"}
     made = jax.jit(lambda key: create(cfg, key))
-    with Checkpointer(
-        folder / "checkpoints", Checkpoints(), cfg, extra_files=files
-    ) as saver:
+    with Checkpointer(folder / "checkpoints", Checkpoints(), cfg, extra_files=files) as saver:
         for step in (5, 7):
             saver.save(step, {"step": jnp.int32(step), "params": made(jax.random.key(step))}, {})
     return folder

@@ -10,7 +10,7 @@ from jaxllm.core.config import Config, union
 
 
 class TextFiles(Config):
-    """Text files; `{"kind": "text", "files": ["corpus/*.txt"]}`."""
+    """Text files, plain or .gz, .xz, .zst; `{"kind": "text", "files": ["corpus/*.txt"]}`."""
 
     kind: Literal["text"] = "text"
     files: tuple[str, ...] = Field(min_length=1)  # paths or globs (`**` crosses folders), UTF-8
@@ -168,7 +168,7 @@ class PrepareConfig(Config):
     validation: float = Field(0.05, ge=0, lt=1)  # share held out, whole files (or documents, where a file holds many)
     split_long: bool = True  # documents longer than a row continue in the next; false: they are cut and counted
     shard_documents: int = Field(10_000, gt=0)  # documents that are packed together and share a shard
-    max_document_mb: float = Field(64.0, gt=0)  # a longer document is an error, or skipped
+    max_document_mb: float = Field(32.0, gt=0)  # a longer document is an error, or skipped
     on_error: Literal["stop", "skip"] = "stop"  # unreadable files and records: stop with a message, or count and go on
     seed: int = 0  # of the held-out split
 

@@ -52,12 +52,12 @@ class Prepared:
         return self.manifest["tasks"][task][split]["shards"]
 
     def verify(self) -> None:
-        """Returns if every shard has the SHA-256 it was written with.
+        """Returns if every shard and every file of the tokenizer has the SHA-256 it was written with.
 
         Raises:
-          DataError: naming every shard that has not.
+          DataError: naming each that has not.
         """
-        bad = [s["file"] for s in all_shards(self.manifest) if sha256(self.path / s["file"]) != s["sha256"]]
+        bad = [f["file"] for f in _all_files(self.manifest) if sha256(self.path / f["file"]) != f["sha256"]]
         if bad:
             raise DataError(f"{self.path}: damaged: {', '.join(bad)} (SHA-256 differs from the manifest's); {_AGAIN}")
 
@@ -66,10 +66,10 @@ _AGAIN = "delete the folder and run `jaxllm prepare` again, or copy it again"
 
 
 def open_prepared(path: str | Path) -> Prepared:
-    """The prepared data in a folder, its manifest checked and every shard there in full size.
+    """The prepared data in a folder, its manifest checked and every shard and tokenizer file there in full size.
 
     Raises:
-      DataError: no prepared data there, unfinished, changed, of a newer version, or shards missing or cut short.
+      DataError: no prepared data there, unfinished, changed, of a newer version, or files missing or cut short.
     """
     path = Path(path)
     file = path / "manifest.json"
@@ -84,18 +84,18 @@ def open_prepared(path: str | Path) -> Prepared:
         raise DataError(f"{file}: data of version {manifest.get('version')}; this jaxllm reads version {VERSION}")
     if manifest.get("hash") != content_hash(manifest):
         raise DataError(f"{file}: was changed after it was written (its hash does not fit its content); {_AGAIN}")
-    wrong = [w for shard in all_shards(manifest) if (w := _wrong(path, shard))]
+    wrong = [w for entry in _all_files(manifest) if (w := _wrong(path, entry))]
     if wrong:
         raise DataError(f"{path}: {'; '.join(wrong)}; {_AGAIN}")
     return Prepared(path, manifest)
 
 
-def _wrong(path: Path, shard: dict[str, Any]) -> str | None:
+def _wrong(path: Path, entry: dict[str, Any]) -> str | None:
     try:
-        size = (path / shard["file"]).stat().st_size
+        size = (path / entry["file"]).stat().st_size
     except OSError:
-        return f"{shard['file']} is missing"
-    return f"{shard['file']} has {size} bytes in place of {shard['size']}" if size != shard["size"] else None
+        return f"{entry['file']} is missing"
+    return f"{entry['file']} has {size} bytes in place of {entry['size']}" if size != entry["size"] else None
 
 
 def all_shards(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -103,6 +103,17 @@ def all_shards(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for task in manifest["tasks"].values():
         for split in SPLITS:
             yield from task[split]["shards"]
+
+
+def tokenizer_files(path: Path) -> list[dict[str, Any]]:
+    """The manifest's entries of the files of the tokenizer saved in a prepared folder, by name."""
+    files = sorted((path / "tokenizer").iterdir())
+    return [{"file": f"tokenizer/{f.name}", "size": f.stat().st_size, "sha256": sha256(f)} for f in files]
+
+
+def _all_files(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield from manifest["tokenizer"].get("files", ())  # the first manifests did not list them
+    yield from all_shards(manifest)
 
 
 def portable(tree: Any) -> Any:

@@ -21,11 +21,21 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.core.errors import DataError
+from jaxllm.core.errors import ConfigError, DataError
 from jaxllm.data import rows as codec
 from jaxllm.data import sources, tokenizers
 from jaxllm.data.config import PrepareConfig, Task
-from jaxllm.data.manifest import SPLITS, Prepared, open_prepared, portable, publish, seal, sha256, write_json
+from jaxllm.data.manifest import (
+    SPLITS,
+    Prepared,
+    open_prepared,
+    portable,
+    publish,
+    seal,
+    sha256,
+    tokenizer_files,
+    write_json,
+)
 from jaxllm.data.mixtures import rates
 from jaxllm.data.packing import pack
 
@@ -44,8 +54,9 @@ def prepare(cfg: PrepareConfig, progress: Progress = print) -> Prepared:
 
     Raises:
       DataError: bad, empty or changed input, changed settings, another prepare at work in the folder, a full disk.
+      ConfigError: a tokenizer that cannot be had.
     """
-    given = None if cfg.tokenizer.kind.startswith("train_") else tokenizers.build(cfg.tokenizer)
+    given = tokenizers.from_config(cfg.tokenizer)
     asked = {
         "settings": cfg.model_dump(mode="json", exclude={"out"}),
         "inputs": {t.name: sources.inputs(t.source, cfg.on_error) for t in cfg.tasks},
@@ -61,12 +72,10 @@ def prepare(cfg: PrepareConfig, progress: Progress = print) -> Prepared:
                 _refuse_changes(manifest | {"tokenizer": given and manifest["tokenizer"]["fingerprint"]}, asked, out)
                 progress(f"{out}: up to date")
             else:
-                state = _state(cfg, out, asked, progress)
-                tokenizer = _tokenizer(cfg, out, state["survey"], given, progress)
-                shards, mixture = _write_shards(cfg, out, state["survey"], tokenizer, progress)
-                with _writing(out):
-                    write_json(out / "manifest.json", _manifest(cfg, state, tokenizer, shards, mixture))
+                _make(cfg, out, asked, given, progress)
             prepared = open_prepared(out)
+            if left_out := _left_out(prepared.manifest["counts"]):
+                progress(f"left out: {left_out}")
             for file in (out / "prepare.json", *out.glob("shards/*.json")):
                 file.unlink(missing_ok=True)
             return prepared
@@ -74,6 +83,37 @@ def prepare(cfg: PrepareConfig, progress: Progress = print) -> Prepared:
         with contextlib.suppress(OSError):
             out.rmdir()  # nothing was written: leave nothing behind
         raise
+
+
+def _make(cfg: PrepareConfig, out: Path, asked: dict[str, Any], given: Any, progress: Progress) -> None:
+    try:
+        state = _state(cfg, out, asked, progress)
+        tokenizer = _tokenizer(cfg, out, state["survey"], given, progress)
+        shards, mixture = _write_shards(cfg, out, state["survey"], tokenizer, progress)
+        with _writing(out):
+            write_json(out / "manifest.json", _manifest(cfg, out, state, tokenizer, shards, mixture))
+    except (ConfigError, DataError):
+        _forget_survey(out)  # so that a corrected config is not refused for what nothing was made from
+        raise
+
+
+def _begun(out: Path) -> bool:
+    """Whether anything was made from the settings in `prepare.json`: the tokenizer comes first."""
+    return (out / "tokenizer").exists() or (out / "shards").exists()
+
+
+def _forget_survey(out: Path) -> None:
+    if (out / "prepare.json").exists() and not _begun(out):
+        shutil.rmtree(out / "tokenizer.part", ignore_errors=True)
+        (out / "prepare.json").unlink()
+
+
+def _left_out(counts: dict[str, dict[str, int]]) -> str:
+    """`words: 2 empty, 1 too long; lines: ...`, of the tasks where something is missing."""
+    said = {
+        task: ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in c.items()) for task, c in counts.items()
+    }
+    return "; ".join(f"{task}: {reasons}" for task, reasons in said.items() if reasons)
 
 
 # --- documents and their split -----------------------------------------------------------------------------------
@@ -132,9 +172,12 @@ def _state(cfg: PrepareConfig, out: Path, asked: dict[str, Any], progress: Progr
     file = out / "prepare.json"
     if file.exists():
         state = json.loads(file.read_text(encoding="utf-8"))
-        _refuse_changes(state, asked, out)
-        progress(f"{out}: going on where it stopped")
-        return state
+        if _begun(out):
+            _refuse_changes(state, asked, out)
+        if _begun(out) or asked.items() <= state.items():
+            progress(f"{out}: going on where it stopped")
+            return state
+        _forget_survey(out)
     if strangers := sorted(f.name for f in out.iterdir() if f.name != "prepare.json.part"):
         raise DataError(f"{out}: holds {strangers[0]!r} and no prepared data; choose a new or empty folder as `out`")
     meter = _Meter(progress)
@@ -145,7 +188,7 @@ def _state(cfg: PrepareConfig, out: Path, asked: dict[str, Any], progress: Progr
 
 
 def _refuse_changes(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
-    changes = list(_changed_settings(portable(old["settings"]), portable(new["settings"])))
+    changes = list(_changed_settings(portable(_filled(old["settings"])), portable(new["settings"])))
     for task, files in new["inputs"].items():
         before = {f["name"]: f for f in old["inputs"].get(task, [])}
         now = {f["name"]: f for f in files}
@@ -163,6 +206,14 @@ def _refuse_changes(old: dict[str, Any], new: dict[str, Any], out: Path) -> None
         raise DataError(
             f"{out} was prepared from something else: {'; '.join(changes)}. Set another `out`, or delete {out}"
         )
+
+
+def _filled(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier version with the defaults of fields that are new since; as they are if they do not fit."""
+    try:
+        return PrepareConfig.model_validate(settings | {"out": ""}).model_dump(mode="json", exclude={"out"})
+    except ValueError:
+        return settings
 
 
 def _changed_settings(old: Any, new: Any, path: str = "") -> Iterator[str]:
@@ -319,7 +370,7 @@ _SHARD_FIELDS = ("file", "rows", "size", "sha256", "tokens", "bytes_of_text", "d
 
 
 def _manifest(
-    cfg: PrepareConfig, state: dict[str, Any], tokenizer: Any, shards: Shards, mixture: dict[str, float]
+    cfg: PrepareConfig, out: Path, state: dict[str, Any], tokenizer: Any, shards: Shards, mixture: dict[str, float]
 ) -> dict:
     tasks, counts = {}, {}
     for task, splits in shards.items():
@@ -341,7 +392,12 @@ def _manifest(
         {
             "length": cfg.length,
             "vocab": tokenizer.vocab_size,
-            "tokenizer": {"kind": cfg.tokenizer.kind, "fingerprint": tokenizer.fingerprint(), **special},
+            "tokenizer": {
+                "kind": cfg.tokenizer.kind,
+                "fingerprint": tokenizer.fingerprint(),
+                **special,
+                "files": tokenizer_files(out),
+            },
             "tasks": tasks,
             "mixture": mixture,
             "counts": counts,

@@ -271,15 +271,18 @@ def _columnar_documents(cfg: config.HuggingFace, file: File, max_bytes: int, ref
         for column in _columns(file.path, cfg.text):
             for value in column:
                 number += 1
-                text, where = value.as_py(), f"{file.path}, row {number}"
+                where = f"{file.path}, row {number}"
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError:
+                    refuse("invalid_utf8", f"{where}: {cfg.text!r} is not UTF-8; save it again as text")
+                    continue
                 if text is None:
                     refuse("no_text", f"{where}: {cfg.text!r} is null, must be a string")
                 elif len(text.encode()) > max_bytes:
                     refuse("too_long", f"{where}: {_too_long(max_bytes)}")
                 else:
                     yield Document(f"{file.name}:{number}", text, f"{file.name}:{number}")
-    except UnicodeDecodeError:
-        refuse("invalid_utf8", f"{file.path}, row {number}: {cfg.text!r} is not UTF-8")
     except (pa.ArrowException, OSError) as e:
         refuse("damaged", f"{file.path}: not a whole Arrow or Parquet file ({_first_line(e)}); save it again")
 
@@ -318,14 +321,19 @@ _READERS = {
 # --- bytes, lines, paragraphs ------------------------------------------------------------------------------------
 
 
+_DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)  # how decompression fails
+
+
 def _bounded(file: File, max_bytes: int, refuse: Refuse) -> bytes | None:
-    """The whole file, unless it is over `max_bytes` or unreadable."""
+    """The whole file, decompressed, unless it is over `max_bytes` or cannot be read."""
     try:
-        if file.path.stat().st_size > max_bytes:
-            return refuse("too_long", f"{file.path}: {_too_long(max_bytes)}")
-        return file.path.read_bytes()
+        with _opened(file.path) as stream:
+            data = stream.read(max_bytes + 1)
+    except _DAMAGED as e:
+        return refuse("damaged", f"{file.path}: truncated or damaged ({e}); fetch or compress it again")
     except OSError as e:
         return refuse("unreadable", _unreadable(file.path, e))
+    return data if len(data) <= max_bytes else refuse("too_long", f"{file.path}: {_too_long(max_bytes)}")
 
 
 def _lines(file: File, max_bytes: int, refuse: Refuse) -> Iterator[tuple[int, str]]:
@@ -345,7 +353,7 @@ def _lines(file: File, max_bytes: int, refuse: Refuse) -> Iterator[tuple[int, st
                 text = _utf8(line.rstrip(b"\r\n"), f"{file.path}, line {number}", start, refuse)
                 if text is not None:
                     yield number, text
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as e:
+    except _DAMAGED as e:
         refuse("damaged", f"{file.path}: truncated or damaged after line {number} ({e}); fetch or compress it again")
     except OSError as e:
         refuse("unreadable", _unreadable(file.path, e))

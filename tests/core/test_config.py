@@ -262,9 +262,7 @@ GENERATE = {"model": "x", "prompt": ["a"]}
 
 def test_a_field_of_a_block_that_is_left_out_changes_the_default():
     default = parse(GenerateConfig, GENERATE).sampling
-    assert parse(GenerateConfig, GENERATE, ["sampling.min_p=0.2"]).sampling == default.model_copy(
-        update={"min_p": 0.2}
-    )
+    assert parse(GenerateConfig, GENERATE, ["sampling.min_p=0.2"]).sampling == default.model_copy(update={"min_p": 0.2})
     assert parse(GenerateConfig, GENERATE, ["sampling.width=3", "sampling.kind=beam"]).sampling == Beam(width=3)
     task = {"name": "a", "source": "python"}
     assert parse(PrepareConfig, {"out": "x", "tasks": [task]}, ["tokenizer.add=[x]"]).tokenizer.add == ("x",)

@@ -272,6 +272,28 @@ def test_missing_and_short_shards_are_named(copy):
         open_prepared(copy)
 
 
+def test_a_missing_or_short_tokenizer_file_is_named_with_what_to_do(copy):
+    file = copy / "tokenizer/tokenizer.yaml"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(
+        DataError, match=r"tokenizer/tokenizer.yaml has \d+ bytes in place of \d+; delete the folder and run"
+    ):
+        open_prepared(copy)
+    shutil.rmtree(copy / "tokenizer")
+    with pytest.raises(
+        DataError, match="tokenizer/tokenizer.yaml is missing; delete the folder and run `jaxllm prepare"
+    ):
+        open_prepared(copy)
+
+
+def test_verify_names_a_changed_tokenizer_file(copy):
+    file = copy / "tokenizer/tokenizer.yaml"
+    file.write_bytes(file.read_bytes().replace(b"byte", b"etyb"))
+    prepared = open_prepared(copy)
+    with pytest.raises(DataError, match="damaged: tokenizer/tokenizer.yaml .*run `jaxllm prepare` again"):
+        prepared.verify()
+
+
 def test_verify_names_the_damaged_shard_and_so_does_reading_it(copy):
     shard = copy / "shards/few-train-00000.array_record"
     shard.write_bytes(bytes(len(shard.read_bytes())))

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from jaxllm.core.errors import ConfigError, DataError
 from jaxllm.data.config import PrepareConfig
 from jaxllm.data.loader import open_prepared, validation_rows
+from jaxllm.data.manifest import seal
 from jaxllm.data.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
@@ -259,6 +261,26 @@ def test_bad_records_are_counted_by_reason_and_the_rest_is_kept(tmp_path):
     assert prepared.manifest["counts"]["lines"] == {"broken_json": 1, "invalid_utf8": 1, "no_text": 1}
 
 
+def test_the_last_line_says_what_was_left_out_by_task_and_reason(tmp_path):
+    corpus(tmp_path / "whole")
+    (tmp_path / "a.jsonl").write_text('{"text": "' + "x" * 100 + '"}\n[1]\n{"text": " "}\n{"text": "ok"}\n')
+    tasks = [
+        {"name": "lines", "source": {"kind": "jsonl", "files": [str(tmp_path / "a.jsonl")]}, "weight": 1.0},
+        {"name": "words", "source": {"kind": "text", "files": [f"{tmp_path}/whole/*.txt"]}, "weight": 1.0},
+    ]
+    more = {"tasks": tasks, "on_error": "skip", "validation": 0.0, "length": 1024, "max_document_mb": 0.0002}
+    (tmp_path / "whole/98.txt").write_text("x" * 1000)
+    said = []
+    prepare(config(tmp_path / "out", "", **more), lambda line, **_: said.append(line))
+    prepare(config(tmp_path / "two", "", **more | {"tasks": tasks[:1]}), lambda line, **_: said.append(line))
+    left_out = [line for line in said if line.startswith("left out")]
+    assert left_out[0].startswith("left out: lines: 1 empty, 1 no text; words: ") and "too long" in left_out[0]
+    assert left_out[1] == said[-1] == "left out: lines: 1 empty, 1 no text"
+    said.clear()
+    prepare(config(tmp_path / "all", tmp_path / "whole", length=1024), lambda line, **_: said.append(line))
+    assert not any("left out" in line for line in said)
+
+
 def test_tasks_get_the_rates_of_their_training_tokens(words, tmp_path):
     corpus(tmp_path / "more", files=30, seed=1)
     tasks = [
@@ -319,6 +341,18 @@ def small_vocabulary(folder):
     return {"tokenizer": {"kind": "train_bpe", "vocab": 100}}
 
 
+def too_many_characters(folder):
+    return {"tokenizer": {"kind": "train_wordpiece", "vocab": 9}}
+
+
+def added_special_token(folder):
+    return {"tokenizer": {"kind": "train_bpe", "vocab": 300, "add": ["<eos>"]}}
+
+
+def added_byte(folder):
+    return {"tokenizer": {"kind": "train_bpe", "vocab": 300, "add": ["a"]}}
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -326,15 +360,98 @@ def small_vocabulary(folder):
         (only_blank, "no text"),
         (no_file, "no file"),
         (long_line, "long.txt.*max_document_mb"),
-        (small_vocabulary, "100"),
+        (small_vocabulary, "vocab=100 is too small"),
+        (too_many_characters, "vocab=9 is too small for 5 special tokens and [0-9]+ characters"),
+        (added_special_token, "'<eos>' is already token 2"),
+        (added_byte, "'a' is already token"),
     ],
 )
-def test_bad_input_ends_with_one_message_and_no_folder_that_looks_prepared(spoil, said, tmp_path):
+def test_bad_input_ends_with_one_message_and_no_folder_and_once_corrected_it_runs(spoil, said, tmp_path):
     texts = corpus(tmp_path / "texts")
     more = spoil(texts)
     with pytest.raises((DataError, ConfigError), match=said):
         prepare(config(tmp_path / "out", texts, **more), quiet)
-    assert not (tmp_path / "out/manifest.json").exists() and not (tmp_path / "out/shards").exists()
+    assert not (tmp_path / "out").exists()
+    for file in texts.iterdir():
+        file.unlink()
+    prepare(config(tmp_path / "out", corpus(texts)), quiet).verify()
+
+
+@pytest.mark.parametrize("fault", [small_vocabulary, added_special_token])
+def test_a_tokenizer_that_its_config_rules_out_is_refused_before_the_input_is_looked_at(fault, tmp_path):
+    with pytest.raises(ConfigError, match="vocab=100|<eos>"):
+        prepare(config(tmp_path / "out", tmp_path / "nowhere", **fault(tmp_path)), quiet)
+
+
+def test_a_run_stopped_before_its_tokenizer_may_be_followed_by_another_config(words, done, tmp_path):
+    (tmp_path / "out").mkdir()
+    survey = {"settings": {}, "inputs": {}, "tokenizer": None, "survey": {}}
+    (tmp_path / "out/prepare.json").write_text(json.dumps(survey))
+    assert tree(prepare(config(tmp_path / "out", words), quiet).path) == tree(done.path)
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_a_single_line_of_50_mb_is_refused_by_default_in_bounded_memory(kind, tmp_path):
+    line = b"x" * 50_000_000
+    (tmp_path / "a").write_bytes(line if kind == "text" else b'{"text": "' + line + b'"}\n{"text": "good"}\n')
+    del line
+    task = {"name": "long", "source": {"kind": kind, "files": [str(tmp_path / "a")]}}
+    cfg = PrepareConfig.model_validate({"out": str(tmp_path / "out"), "tasks": [task]})
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"a(, line 1)?: longer than max_document_mb \(32 MB\); split it or raise"):
+        prepare(cfg, quiet)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000_000 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tokenizer", ["train_bpe", "train_wordpiece"])
+def test_a_tokenizer_learns_from_a_megabyte_without_a_space(tokenizer, tmp_path):
+    letters = np.random.default_rng(0).integers(ord("a"), ord("k"), 1_000_000, dtype=np.uint8)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/run.txt").write_bytes(letters.tobytes())
+    cfg = {"kind": tokenizer, "vocab": 300, "sample_mb": 1.0}
+    prepared = prepare(config(tmp_path / "out", tmp_path / "texts", tokenizer=cfg, length=1024), quiet)
+    assert prepared.vocab == 300
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_setting_that_is_new_since_counts_with_its_default(finished, words, tmp_path):
+    cfg = config(tmp_path / "out", words)
+    prepare(cfg, quiet) if finished else stopped_before_the_manifest(cfg)
+    file = tmp_path / "out" / ("manifest.json" if finished else "prepare.json")
+    old = json.loads(file.read_text())
+    del old["settings"]["split_long"], old["settings"]["tokenizer"]["add"]
+    file.write_text(json.dumps(seal(old) if finished else old))
+    with pytest.raises(DataError, match=r"something else: split_long was true, is false\. Set"):
+        prepare(config(tmp_path / "out", words, split_long=False), quiet)
+    said = []
+    prepare(cfg, lambda line, **_: said.append(line)).verify()
+    assert ("up to date" if finished else "going on where it stopped") in said[0]
+
+
+def test_a_setting_that_is_no_more_is_named(words, tmp_path):
+    cfg = config(tmp_path / "out", words)
+    stopped_before_the_manifest(cfg)
+    file = tmp_path / "out/prepare.json"
+    old = json.loads(file.read_text())
+    old["settings"]["folded"] = True
+    file.write_text(json.dumps(old))
+    with pytest.raises(DataError, match="something else: folded was true, is null"):
+        prepare(cfg, quiet)
+
+
+@pytest.mark.parametrize("document", ["file", "paragraph", "line"])
+def test_compressed_text_gives_the_rows_of_plain_text(document, tmp_path):
+    text = "one naïve line\n\nand another\n"
+    rows = []
+    for name, data in (("a.txt", text.encode()), ("a.txt.gz", gzip.compress(text.encode()))):
+        (tmp_path / name).write_bytes(data)
+        task = {"name": "t", "source": {"kind": "text", "files": [str(tmp_path / name)], "document": document}}
+        rows.append(
+            texts_of(prepare(config(tmp_path / f"{name}-out", "", tasks=[task], validation=0.0), quiet), "train")
+        )
+    assert rows[0] == rows[1] and "".join(rows[0]).startswith("one naïve line")
 
 
 def test_a_folder_with_other_things_in_it_is_refused(words, tmp_path):

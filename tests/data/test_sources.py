@@ -5,6 +5,7 @@ import lzma
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -114,6 +115,22 @@ def test_compressed_jsonl_reads_as_plain(tmp_path, suffix):
     name = f"a.jsonl{suffix}"
     expected = [(f"{name}:{n}", r["text"]) for n, r in zip((1, 3, 4, 5), rows, strict=True)]
     assert [(d.id, d.text) for d in read(jsonl(tmp_path / name))] == expected
+
+
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("document", ["file", "line", "paragraph"])
+def test_compressed_text_reads_as_plain_and_damaged_text_is_refused(tmp_path, document, suffix):
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(PACK[suffix](b"\xef\xbb\xbf" + "one\nzwei ü\n".encode()))
+    cfg = text_files(path, document=document)
+    assert texts(cfg) == {"file": ["one\nzwei ü\n"], "line": ["one", "zwei ü"], "paragraph": ["one\nzwei ü"]}[document]
+    path.write_bytes(PACK[suffix](b"x" * 5 * MB))
+    with pytest.raises(DataError, match=r"a\.txt.*longer than max_document_mb"):
+        read(cfg)
+    if suffix:
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(DataError, match=r"a\.txt.*truncated or damaged"):
+            read(cfg, max_bytes=10 * MB)
 
 
 def test_concatenated_zstd_frames_and_skippable_ones_are_one_file(tmp_path):
@@ -407,6 +424,22 @@ def test_damaged_datasets_stop_or_are_counted(tmp_path):
         read(huggingface(tmp_path))
     with pytest.raises(DataError, match="give a folder of `Dataset.save_to_disk` or of Parquet files"):
         read(huggingface(tmp_path / "nowhere"))
+
+
+def test_a_row_that_is_not_utf8_is_left_out_alone(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    data, ends = b"one\xff\xfethree", (0, 3, 5, 10)
+    column = pa.StringArray.from_buffers(3, pa.py_buffer(struct.pack("<4i", *ends)), pa.py_buffer(data))
+    with pa.OSFile(str(tmp_path / "data.arrow"), "wb") as f:
+        batch = pa.record_batch([column], names=["text"])
+        with pa.ipc.new_stream(f, batch.schema) as stream:
+            stream.write_batch(batch)
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    counts = Counter()
+    with pytest.raises(DataError, match=r"data\.arrow, row 2: 'text' is not UTF-8"):
+        read(huggingface(tmp_path))
+    assert texts(huggingface(tmp_path), on_error="skip", counts=counts) == ["one", "three"]
+    assert counts == {"invalid_utf8": 1}
 
 
 def test_without_pyarrow_the_message_says_what_to_install(tmp_path, monkeypatch):

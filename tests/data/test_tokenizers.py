@@ -434,6 +434,17 @@ def test_only_the_first_megabytes_are_learned_from_and_nothing_is_an_error():
                 build(cfg, nothing)
 
 
+@pytest.mark.parametrize("kind", [config.TrainBpe, config.TrainWordPiece])
+def test_a_long_text_is_learned_from_word_by_word_wherever_it_is_cut(kind):
+    words = [f" {word}" for word in ("learning  from\n\na text, it isn't 12 words: " * 700).split(" ")]
+    cuts = range(0, len(words), 97)
+    cfg = kind(vocab=400)
+    assert (
+        build(cfg, ["".join(words)]).fingerprint()
+        == build(cfg, ["".join(words[i : i + 97]) for i in cuts]).fingerprint()
+    )
+
+
 def test_special_tokens_must_differ_and_wordpiece_needs_one_for_the_unknown():
     with pytest.raises(ConfigError, match="must be different names"):
         build(config.TrainBpe(vocab=300, special=("<a>", "<a>")), CORPUS)

@@ -6,7 +6,7 @@ from pathlib import Path
 from jaxllm.data import config
 from jaxllm.data.tokenizers.base import Spec, StreamDecoder, Tokenizer, read_model, read_spec
 
-__all__ = ["Spec", "StreamDecoder", "Tokenizer", "build", "load"]
+__all__ = ["Spec", "StreamDecoder", "Tokenizer", "build", "from_config", "load"]
 
 
 def build(cfg: config.Tokenizer, texts: Iterable[str] | None = None) -> Tokenizer:
@@ -17,6 +17,19 @@ def build(cfg: config.Tokenizer, texts: Iterable[str] | None = None) -> Tokenize
       ConfigError: for a vocabulary that is too small, and for tokens that cannot be added.
     """
     return _built(cfg, texts).extend(cfg.add)
+
+
+def from_config(cfg: config.Tokenizer) -> Tokenizer | None:
+    """The tokenizer that `cfg` describes; None for one that is yet to be trained, checked as far as `cfg` tells.
+
+    Raises:
+      DataError, ConfigError: as `build` does.
+    """
+    if not cfg.kind.startswith("train_"):
+        return build(cfg)
+    from jaxllm.data.tokenizers.train import check
+
+    return check(cfg)
 
 
 def load(folder: str | Path) -> Tokenizer:

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, SupportsIndex
 
@@ -103,11 +103,7 @@ class Tokenizer:
         Raises:
           ConfigError: for an empty token and for one that is there already.
         """
-        for n, token in enumerate(tokens):
-            if not token or token in tokens[:n]:
-                raise ConfigError(f"added token {token!r} is {'given twice' if token else 'empty'}; tokens must differ")
-            if (i := self.token_id(token)) is not None:
-                raise ConfigError(f"added token {token!r} is already token {i} of the vocabulary; leave it out")
+        check_added(tokens, self.token_id)
         return self._extended(tuple(tokens)) if tokens else self
 
     def save(self, folder: str | Path) -> None:
@@ -137,6 +133,19 @@ class Tokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         return b"".join(map(self._bytes_of, ids)).decode("utf-8", "replace")
+
+
+def check_added(tokens: Sequence[str], token_id: Callable[[str], int | None]) -> None:
+    """Returns if `tokens` can be added to the vocabulary that `token_id` looks them up in.
+
+    Raises:
+      ConfigError: for an empty token and for one that is there already.
+    """
+    for n, token in enumerate(tokens):
+        if not token or token in tokens[:n]:
+            raise ConfigError(f"added token {token!r} is {'given twice' if token else 'empty'}; tokens must differ")
+        if (i := token_id(token)) is not None:
+            raise ConfigError(f"added token {token!r} is already token {i} of the vocabulary; leave it out")
 
 
 class StreamDecoder:

@@ -9,7 +9,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxllm.core.errors import ConfigError, DataError
 from jaxllm.data import config
-from jaxllm.data.tokenizers.base import Spec, Tokenizer, byte_alphabet
+from jaxllm.data.tokenizers.base import Spec, Tokenizer, byte_alphabet, check_added
 from jaxllm.data.tokenizers.hf import HuggingFace
 
 _ROLES = {
@@ -28,8 +28,7 @@ def train(cfg: config.TrainBpe | config.TrainUnigram | config.TrainWordPiece, te
       ConfigError: for a vocabulary too small for the special tokens and the alphabet.
       DataError: for texts without text.
     """
-    if len(set(cfg.special)) < len(cfg.special) or "" in cfg.special:
-        raise ConfigError(f"tokenizer.special={list(cfg.special)} must be different names, none empty")
+    check(cfg)
     sample = _sample(texts, cfg.sample_mb * 1e6)
     match cfg:
         case config.TrainBpe():
@@ -40,8 +39,27 @@ def train(cfg: config.TrainBpe | config.TrainUnigram | config.TrainWordPiece, te
             return _wordpiece(cfg, sample)
 
 
+def check(cfg: config.TrainBpe | config.TrainUnigram | config.TrainWordPiece) -> None:
+    """Returns if nothing in the config alone rules this tokenizer out; some faults only the text shows.
+
+    Raises:
+      ConfigError: for special and added tokens that clash, and a vocabulary too small for any text.
+    """
+    if len(set(cfg.special)) < len(cfg.special) or "" in cfg.special:
+        raise ConfigError(f"tokenizer.special={list(cfg.special)} must be different names, none empty")
+    match cfg:
+        case config.TrainBpe():
+            _fits(cfg, 256, "256 bytes")
+        case config.TrainUnigram():
+            _fits(cfg, 257 - ("<unk>" in cfg.special), "<unk> and 256 bytes")
+        case config.TrainWordPiece():
+            if "[UNK]" not in cfg.special:
+                raise ConfigError(f"tokenizer.special={list(cfg.special)} must hold '[UNK]', what unknown words become")
+            _fits(cfg, 1, "one character")
+    check_added(cfg.add, {name: i for i, name in enumerate(cfg.special)}.get)
+
+
 def _bpe(cfg: config.TrainBpe, sample: list[str]) -> HuggingFace:
-    _fits(cfg, 256, "256 bytes")
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
@@ -52,7 +70,7 @@ def _bpe(cfg: config.TrainBpe, sample: list[str]) -> HuggingFace:
         initial_alphabet=sorted(byte_alphabet()),  # every byte, so that no text is unknown
         show_progress=False,
     )
-    model.train_from_iterator(sample, trainer)
+    model.train_from_iterator(_pieces(sample), trainer)
     return _hugging_face(cfg, model)
 
 
@@ -61,15 +79,13 @@ def _wordpiece(cfg: config.TrainWordPiece, sample: list[str]) -> HuggingFace:
 
     The first pass only collects the alphabet; the second is given it, sorted, as if it were special tokens.
     """
-    if "[UNK]" not in cfg.special:
-        raise ConfigError(f"tokenizer.special={list(cfg.special)} must hold '[UNK]', what unknown words become")
 
     def trained(size: int, first: list[str]) -> tokenizers.Tokenizer:
         model = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
         model.normalizer = normalizers.BertNormalizer(lowercase=cfg.lowercase)
         model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         trainer = trainers.WordPieceTrainer(vocab_size=size, min_frequency=2, special_tokens=first, show_progress=False)
-        model.train_from_iterator(sample, trainer)
+        model.train_from_iterator(_pieces(sample), trainer)
         return model
 
     alphabet = sorted(trained(1, []).get_vocab())
@@ -93,7 +109,6 @@ def _unigram(cfg: config.TrainUnigram, sample: list[str]) -> Tokenizer:
     from jaxllm.data.tokenizers.spm import SentencePiece
 
     unknown = "<unk>" if "<unk>" in cfg.special else None
-    _fits(cfg, 257 - bool(unknown), "<unk> and 256 bytes")
     roles = _roles(cfg.special)
     ids = {role: cfg.special.index(roles[role]) if role in roles else -1 for role in _ROLES}
     ids["unk"] = cfg.special.index(unknown) if unknown else len(cfg.special)
@@ -102,7 +117,7 @@ def _unigram(cfg: config.TrainUnigram, sample: list[str]) -> Tokenizer:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(part for text in sample for line in text.split("\n") for part in _cut(line)),
+            sentence_iterator=_pieces(line for text in sample for line in text.split("\n")),
             model_writer=model,
             model_type="unigram",
             vocab_size=cfg.vocab,
@@ -112,7 +127,7 @@ def _unigram(cfg: config.TrainUnigram, sample: list[str]) -> Tokenizer:
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,  # indentation
-            max_sentence_length=4 * _LINE,
+            max_sentence_length=4 * _PIECE,
             control_symbols=[name for name in cfg.special if name not in named],  # take the ids left free, in order
             num_threads=4,  # fixed: sums are grouped by thread, so the number is part of the result
             minloglevel=2,
@@ -128,11 +143,13 @@ def _unigram(cfg: config.TrainUnigram, sample: list[str]) -> Tokenizer:
     return SentencePiece(Spec(kind="sentencepiece"), model.getvalue())
 
 
-_LINE = 4096  # characters of a line learned from at once
+_PIECE = 4096  # characters learned from at once: the trainers' time grows with the square of the longest word
+_CUT = re.compile(rf"(?s).{{1,{_PIECE}}}(?=\s\S|\Z)|.{{1,{_PIECE}}}")
 
 
-def _cut(line: str) -> Iterable[str]:
-    return (line[i : i + _LINE] for i in range(0, len(line), _LINE))
+def _pieces(texts: Iterable[str]) -> Iterable[str]:
+    """The texts in pieces of at most 4096 characters: cut before a space, and inside a word only if it is longer."""
+    return (piece[0] for text in texts for piece in _CUT.finditer(text))
 
 
 def _sample(texts: Iterable[str], size: float) -> list[str]:
