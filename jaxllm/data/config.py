@@ -139,7 +139,7 @@ class Rates(Config):
 
 
 class Proportional(Config):
-    """Rates are (training tokens)^(1/temperature), capped at `maximum` tokens (Raffel et al. 2019, 1910.10683, 3.5.2)."""
+    """Rates are (training tokens)^(1/temperature), tokens capped at `maximum` (T5, arXiv:1910.10683, 3.5.2)."""
 
     kind: Literal["proportional"] = "proportional"
     temperature: float = Field(1.0, gt=0)  # 1: by size; towards infinity: all alike

@@ -45,7 +45,7 @@ class Cache(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """See `DecoderConfig`. Weights of pattern slot s are stacked over groups in `blocks[s]`, what is left over in `tail`.
+    """See `DecoderConfig`. Weights of pattern slot s are stacked over groups in `blocks[s]`; the rest is in `tail`.
 
     `scan=False` unrolls the groups, `remat` names what the backward pass computes again: neither changes a weight
     or a result.

@@ -310,8 +310,8 @@ class Loop:
                 )
             if p.nonfinite_in_a_row > stability.max_skipped:
                 raise UserError(
-                    f"step {step}: {p.nonfinite_in_a_row} steps in a row were not finite (stability.max_skipped); lower "
-                    f"the learning rate, or look at the data from batch {k + 1 - p.nonfinite_in_a_row}"
+                    f"step {step}: {p.nonfinite_in_a_row} steps in a row were not finite (stability.max_skipped); "
+                    f"lower the learning rate, or look at the data from batch {k + 1 - p.nonfinite_in_a_row}"
                 )
             sums = {name: sums[name] for name in ("nonfinite", "loss_scale") if name in sums}
         else:

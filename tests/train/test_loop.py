@@ -77,7 +77,8 @@ def run_tree(prepared: Path, out: Path) -> dict:
     return {
         "out": str(out), "steps": 12, "batch": 8, "data": {"path": str(prepared), "weights": [["text", 1.0]]},
         "model": {
-            "context": LENGTH, "embed": 32, "num_layers": 2, "block": {"attention": {"num_heads": 4}, "ffn": {"mlp": 48}},
+            "context": LENGTH, "embed": 32, "num_layers": 2,
+            "block": {"attention": {"num_heads": 4}, "ffn": {"mlp": 48}},
         },
         "optimizer": {"kind": "adamw", "learning_rate": 3e-3},
         "schedule": {"kind": "constant", "warmup": 2},
