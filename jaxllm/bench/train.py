@@ -3,6 +3,7 @@
 Each side lives in a process of its own, so that neither's thread pool spins while the other works; they take turns,
 a round each. Both compute the same thing: 3.3M parameters, causal attention, AdamW, gradients clipped to norm 1.
 Ours also masks attention by document, weighs targets and measures, as every real run of it does.
+Ours runs as `jaxllm train` does, with `runtime.start`, which on CPU keeps freed memory; the peer is plain torch.
 
 Both sides want all cores: on a machine that others use the waiting threads of torch collapse first and the ratio
 flatters us. `load_before` and `cpu_seconds` tell such a run; believe only one that began with a load near 0.
