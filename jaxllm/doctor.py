@@ -194,7 +194,7 @@ def fit(config: str, overrides: Sequence[str] = ()) -> Iterator[Finding]:
 
     from jaxllm.data.manifest import open_prepared
     from jaxllm.train.loop import fit_to_data
-    from jaxllm.train.step import abstract_batch, set_up
+    from jaxllm.train.step import check_batches, set_up
 
     try:
         prepared = open_prepared(cfg.data.path)
@@ -208,8 +208,7 @@ def fit(config: str, overrides: Sequence[str] = ()) -> Iterator[Finding]:
         if why_no_devices():  # said already
             return
         setup = set_up(cfg)
-        for rows in cfg.ramp_sizes():
-            abstract_batch(setup, rows // cfg.accumulate, prepared.length)
+        check_batches(setup, prepared.length)
     except UserError as e:
         yield Finding("missing", "fit", str(e))
         return
@@ -229,10 +228,11 @@ def sinks_of(metrics: Metrics) -> Iterator[Finding]:
 
 def model_of(cfg: GenerateConfig) -> Finding:
     """Whether there is a checkpoint where a generate config says."""
+    from jaxllm.generate import checkpoint_of
     from jaxllm.train.checkpoint import stored_model
 
-    folder = Path(cfg.model) if cfg.step is None else Path(cfg.model) / "checkpoints" / f"{cfg.step:08d}"
     try:
+        folder = checkpoint_of(Path(cfg.model), cfg.step)
         stored = stored_model(folder)
     except UserError as e:
         return Finding("missing", "model", str(e), "train one, or name another: model=RUN")

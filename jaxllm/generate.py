@@ -12,7 +12,7 @@ from jaxllm.inference.config import GenerateConfig
 from jaxllm.inference.generate import Completion, complete
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.module import abstract, merge
-from jaxllm.train.checkpoint import load_params
+from jaxllm.train.checkpoint import load_params, steps
 
 
 def run(cfg: GenerateConfig, out: TextIOBase | None = None) -> list[Completion]:
@@ -42,18 +42,24 @@ def run(cfg: GenerateConfig, out: TextIOBase | None = None) -> list[Completion]:
     return completions
 
 
+def checkpoint_of(folder: Path, step: int | None) -> Path:
+    """The folder of a run's checkpoint of `step`; None: `folder` itself. Raises CheckpointError if there is none."""
+    if step is None:
+        return folder
+    checkpoint = folder / "checkpoints" / f"{step:08d}"
+    if not checkpoint.is_dir():
+        found = ", ".join(map(str, steps(folder)))
+        there = f"there are those of {found}" if found else "it has no checkpoints"
+        raise CheckpointError(f"{folder}: no checkpoint of step {step}; {there}")
+    return checkpoint
+
+
 def load(folder: Path, step: int | None = None, precision: str | None = None) -> tuple[Decoder, tokenizers.Tokenizer]:
     """Model and tokenizer of a run (its checkpoint of `step`, or the newest that is whole) or of one checkpoint.
 
     The weights are in `precision`; None: in what the run computed with, so that log-probabilities are the trainer's.
     """
-    if step is not None:
-        run_folder, folder = folder, folder / "checkpoints" / f"{step:08d}"
-        if not folder.is_dir():
-            found = [str(int(p.name)) for p in sorted((run_folder / "checkpoints").glob("*")) if p.name.isdigit()]
-            there = f"there are those of {', '.join(found)}" if found else "it has no checkpoints"
-            raise CheckpointError(f"{run_folder}: no checkpoint of step {step}; {there}")
-    weights = load_params(folder)
+    weights = load_params(checkpoint_of(folder, step))
     trained = read_tree(weights.folder / "config.yaml")["precision"]["kind"]
     params = {name: weights.params.pop(name).astype(precision or trained) for name in list(weights.params)}
     return merge(abstract(weights.model_cfg)[0], params), tokenizers.load(weights.folder / "tokenizer")

@@ -70,7 +70,10 @@ def check_extras(cfg: Metrics) -> None:
     for sink in cfg.sinks:
         package = {"tensorboard": "tensorboardX", "wandb": "wandb"}[sink.kind]
         if importlib.util.find_spec(package) is None:
-            raise _missing(sink.kind, package)
+            raise ConfigError(
+                f"metrics.sinks asks for {sink.kind}, but the package {package} is not installed;"
+                f" pip install 'jaxllm[{sink.kind}]', or take {sink.kind} out of metrics.sinks"
+            )
 
 
 def open_sinks(cfg: Metrics, folder: str | Path, run_name: str, total_steps: int) -> Sinks:
@@ -80,6 +83,7 @@ def open_sinks(cfg: Metrics, folder: str | Path, run_name: str, total_steps: int
     """
     if not _is_first_process():
         return Sinks([])
+    check_extras(cfg)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     others = [_open(sink, folder, run_name) for sink in cfg.sinks]
@@ -237,10 +241,8 @@ class EventFiles:
     """TensorBoard event files, written by tensorboardX: it needs no TensorFlow."""
 
     def __init__(self, folder: Path):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise _missing("tensorboard", "tensorboardX") from None
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(str(folder))
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -260,10 +262,8 @@ class WandBRun:
     """A Weights & Biases run. Its id lies in the run folder, so that a resumed run goes on in the same one."""
 
     def __init__(self, cfg: WandB, folder: Path, run_name: str):
-        try:
-            import wandb
-        except ImportError:
-            raise _missing("wandb", "wandb") from None
+        import wandb
+
         id_file = folder / "wandb_id.txt"
         if not id_file.exists():
             id_file.write_text(os.urandom(6).hex())
@@ -287,10 +287,3 @@ class WandBRun:
 
     def close(self) -> None:
         self._run.finish()
-
-
-def _missing(sink: str, package: str) -> ConfigError:
-    return ConfigError(
-        f"metrics.sinks asks for {sink}, but the package {package} is not installed;"
-        f" pip install 'jaxllm[{sink}]', or take {sink} out of metrics.sinks"
-    )

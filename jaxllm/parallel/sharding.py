@@ -63,6 +63,11 @@ def shardings(mesh: jax.sharding.Mesh, rules: Rules, axes: PyTree, shapes: PyTre
     return jax.tree.unflatten(structure, placed)
 
 
+def placed(shapes: PyTree, where: PyTree) -> PyTree:
+    """ShapeDtypeStructs of the same shapes, which say where their arrays lie; `where` is the same tree of shardings."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+
+
 def placement(mesh: jax.sharding.Mesh, rules: Rules) -> Place:
     """What `core.axes.constrain` does inside a step on this mesh."""
 

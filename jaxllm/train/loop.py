@@ -16,11 +16,10 @@ from jaxllm.core.errors import ConfigError, UserError
 from jaxllm.core.machine import versions
 from jaxllm.core.sinks import Sinks, check_extras, open_sinks, truncate_after
 from jaxllm.data.loader import Prepared, Rows, batches, open_prepared, validation_rows
-from jaxllm.models.config import DecoderConfig
 from jaxllm.models.count import flops_per_token
 from jaxllm.models.module import Params, abstract
 from jaxllm.models.resize import resize_vocabulary
-from jaxllm.parallel.sharding import shardings
+from jaxllm.parallel.sharding import placed, shardings
 from jaxllm.train import runtime
 from jaxllm.train.checkpoint import Checkpointer, load_params, restore, steps, stored_model
 from jaxllm.train.config import RunConfig
@@ -31,13 +30,14 @@ from jaxllm.train.step import (
     Setup,
     TrainState,
     abstract_batch,
+    check_batches,
     init_state,
     make_eval_step,
     make_train_step,
     place_batch,
     set_up,
     skips,
-)  # fmt: skip
+)
 from jaxllm.train.throughput import Meter, memory, peak_flops
 
 
@@ -83,8 +83,7 @@ def train(cfg: RunConfig) -> Result:
     cfg = fit_to_data(cfg, prepared)
     check_extras(cfg.metrics)
     setup = set_up(cfg)
-    for rows in cfg.ramp_sizes():  # every batch size must divide over the mesh, now rather than at step 10,000
-        abstract_batch(setup, rows // cfg.accumulate, prepared.length)
+    check_batches(setup, prepared.length)
     rows = Rows(prepared, cfg.seed, cfg.data.weights or None)
     if cfg.initial and not steps(Path(cfg.out)):
         check_initial(cfg)
@@ -112,8 +111,8 @@ def fit_to_data(cfg: RunConfig, prepared: Prepared) -> RunConfig:
     return cfg.model_copy(update={"model": cfg.model.model_copy(update={"vocab": vocab})})
 
 
-def check_initial(cfg: RunConfig) -> DecoderConfig:
-    """The model that `cfg.initial` holds. Raises ConfigError if it is not this run's but for its vocabulary."""
+def check_initial(cfg: RunConfig) -> None:
+    """Raises ConfigError if the model that `cfg.initial` holds is not this run's, or one of a smaller vocabulary."""
     stored = stored_model(Path(cfg.initial))
     may_differ = {name: getattr(cfg.model, name) for name in ("vocab", "context", "dropout", "init")}
     if stored.model_copy(update=may_differ) != cfg.model:
@@ -126,19 +125,17 @@ def check_initial(cfg: RunConfig) -> DecoderConfig:
             f"initial={cfg.initial} has a vocabulary of {stored.vocab}, model.vocab={cfg.model.vocab} is smaller; set "
             f"it to {stored.vocab} or more"
         )
-    return stored
 
 
 def initial_weights(setup: Setup) -> Params:
-    """The weights that `cfg.initial` names, in their shards, with rows for the vocabulary of this run."""
+    """The weights of the model that `check_initial` passed, in their shards, with rows for the vocabulary of this run."""
     cfg, where = setup.cfg, jax.tree.map(lambda x: x.sharding, setup.state.params)
-    stored = check_initial(cfg)
+    stored = stored_model(Path(cfg.initial))
     if stored.vocab == cfg.model.vocab:
         return load_params(Path(cfg.initial), stored, like=setup.state.params).params
     rules = cfg.sharding.parameters.model_copy(update={"vocab": None})  # the old size may not divide
     _, shapes, axes = abstract(stored)
-    places = shardings(setup.mesh, rules, axes, shapes)
-    like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[n]) for n, x in shapes.items()}
+    like = placed(shapes, shardings(setup.mesh, rules, axes, shapes))
     params = load_params(Path(cfg.initial), stored, like=like).params
     return jax.jit(lambda p: resize_vocabulary(p, stored, cfg.model.vocab)[0], out_shardings=where)(params)
 

@@ -15,9 +15,8 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxllm.core.shapes import Array, Float, Int, PyTree
+from jaxllm.models.module import Axes
 from jaxllm.train.config import SGD, Adafactor, AdamW, Lion, Muon, Optimizer
-
-Axes = dict[str, tuple[str | None, ...]]
 
 BATCH_AXES = ("layers",)  # stacked copies
 TABLE_AXES = ("vocab", "position")  # rows picked one at a time, or logits: no linear map between hidden states

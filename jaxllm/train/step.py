@@ -11,9 +11,9 @@ from flax import nnx
 
 from jaxllm.core.axes import placed_by
 from jaxllm.core.shapes import Array, Int, Key, PyTree
-from jaxllm.models.module import Axes, Params, abstract, create, merge
+from jaxllm.models.module import Params, abstract, create, merge
 from jaxllm.objectives.next_token import Loss, next_token
-from jaxllm.parallel.sharding import batch_shardings, make_mesh, placement, sharding, shardings
+from jaxllm.parallel.sharding import batch_shardings, make_mesh, placed, placement, sharding, shardings
 from jaxllm.train import optimizers
 from jaxllm.train.config import RunConfig
 from jaxllm.train.precision import LossScale, Policy, adjust, init_scale, policy
@@ -39,7 +39,6 @@ class Setup(NamedTuple):
     mesh: jax.sharding.Mesh
     tx: optax.GradientTransformation
     schedule: optax.Schedule
-    axes: Axes  # logical axes of the parameters
     state: TrainState  # shapes, dtypes and shardings of the train state
     gradients: dict[str, jax.sharding.NamedSharding]
     policy: Policy
@@ -66,9 +65,8 @@ def set_up(cfg: RunConfig, devices: list[jax.Device] | None = None) -> Setup:
         scale=jax.tree.map(lambda _: replicated, scale),
     )
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, opt, scale)
-    state = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, where)
     return Setup(
-        cfg, graphdef, mesh, tx, schedule, axes, state, shardings(mesh, s.gradients, axes, shapes),
+        cfg, graphdef, mesh, tx, schedule, placed(state, where), shardings(mesh, s.gradients, axes, shapes),
         policy(cfg.precision), functools.partial(next_token, cfg.objective),
     )  # fmt: skip
 
@@ -203,5 +201,10 @@ def abstract_batch(setup: Setup, rows: int, length: int) -> dict[str, jax.ShapeD
         "weights": jax.ShapeDtypeStruct((rows, length), jnp.float32),
         "bytes": jax.ShapeDtypeStruct((rows,), jnp.int32),
     }
-    where = batch_shardings(setup.mesh, setup.cfg.sharding.activations, shapes)
-    return {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[k]) for k, x in shapes.items()}
+    return placed(shapes, batch_shardings(setup.mesh, setup.cfg.sharding.activations, shapes))
+
+
+def check_batches(setup: Setup, length: int) -> None:
+    """Raises ConfigError if a batch of the run does not divide over the mesh: now rather than at step 10,000."""
+    for rows in setup.cfg.ramp_sizes():
+        abstract_batch(setup, rows // setup.cfg.accumulate, length)
