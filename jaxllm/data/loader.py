@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxllm.core.errors import ConfigError, DataError
 from jaxllm.data import rows as codec
-from jaxllm.data.manifest import Prepared, open_prepared
+from jaxllm.data.manifest import AGAIN, Prepared, open_prepared
 from jaxllm.data.mixtures import schedule
 from jaxllm.data.shuffle import shuffled
 
@@ -105,8 +105,7 @@ class _Shards:
         except (RuntimeError, ValueError, IndexError) as e:  # what array_record and the codec raise for a damaged file
             file = self._files[int(np.searchsorted(self._ends, i, side="right"))]
             raise DataError(
-                f"{file}: row {i} of its task cannot be read ({' '.join(str(e).split())}); "
-                "delete the folder and run `jaxllm prepare` again, or copy it again"
+                f"{file}: row {i} of its task cannot be read ({' '.join(str(e).split())}); {AGAIN}"
             ) from None
 
 

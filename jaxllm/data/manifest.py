@@ -59,10 +59,10 @@ class Prepared:
         """
         bad = [f["file"] for f in _all_files(self.manifest) if sha256(self.path / f["file"]) != f["sha256"]]
         if bad:
-            raise DataError(f"{self.path}: damaged: {', '.join(bad)} (SHA-256 differs from the manifest's); {_AGAIN}")
+            raise DataError(f"{self.path}: damaged: {', '.join(bad)} (SHA-256 differs from the manifest's); {AGAIN}")
 
 
-_AGAIN = "delete the folder and run `jaxllm prepare` again, or copy it again"
+AGAIN = "delete the folder and run `jaxllm prepare` again, or copy it again"
 
 
 def open_prepared(path: str | Path) -> Prepared:
@@ -79,14 +79,14 @@ def open_prepared(path: str | Path) -> Prepared:
         state = "is not finished" if (path / "prepare.json").exists() else "holds no prepared data (no manifest.json)"
         raise DataError(f"{path}: {state}; run `jaxllm prepare CONFIG` with out: {path}") from None
     except (OSError, ValueError) as e:
-        raise DataError(f"{file}: cannot be read as JSON ({e}); {_AGAIN}") from None
+        raise DataError(f"{file}: cannot be read as JSON ({e}); {AGAIN}") from None
     if manifest.get("version") != VERSION:
         raise DataError(f"{file}: data of version {manifest.get('version')}; this jaxllm reads version {VERSION}")
     if manifest.get("hash") != content_hash(manifest):
-        raise DataError(f"{file}: was changed after it was written (its hash does not fit its content); {_AGAIN}")
+        raise DataError(f"{file}: was changed after it was written (its hash does not fit its content); {AGAIN}")
     wrong = [w for entry in _all_files(manifest) if (w := _wrong(path, entry))]
     if wrong:
-        raise DataError(f"{path}: {'; '.join(wrong)}; {_AGAIN}")
+        raise DataError(f"{path}: {'; '.join(wrong)}; {AGAIN}")
     return Prepared(path, manifest)
 
 
