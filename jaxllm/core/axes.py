@@ -7,23 +7,48 @@ parallel/ supplies that placement from its `Rules`. So models need no mesh, and 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, Protocol, runtime_checkable
 
 from jaxllm.core.shapes import Array
 
-Place = Callable[[Array, tuple[str | None, ...]], Array]
+Axes = tuple[str | None, ...]
 
-_PLACE: ContextVar[Place | None] = ContextVar("place", default=None)
+
+@runtime_checkable
+class Placement(Protocol):
+    """What a run does to what its models name."""
+
+    platform: str  # of the devices: cpu, tpu, cuda
+    spread: Callable[..., Any] | None  # attention over rows that several devices share; None: no device shares a row
+
+    def constrain(self, x: Array, axes: Axes) -> Array: ...
+
+    def on_shares(self, fn: Callable, in_axes: tuple[Axes, ...], out_axes: Axes) -> Callable: ...
+
+
+_PLACE: ContextVar[Placement | None] = ContextVar("place", default=None)
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
     """`x`, laid out as the run in force wants an array with these logical axes; one name a dimension."""
     assert x.ndim == len(axes), f"{axes} for an array of shape {x.shape}"
     place = _PLACE.get()
-    return x if place is None else place(x, axes)
+    return x if place is None else place.constrain(x, axes)
+
+
+def on_shares(fn: Callable, in_axes: tuple[Axes, ...], out_axes: Axes) -> Callable:
+    """`fn` of arrays with these axes, run by every device on its own share: for kernels, which XLA cannot cut."""
+    place = _PLACE.get()
+    return fn if place is None else place.on_shares(fn, in_axes, out_axes)
+
+
+def placement() -> Placement | None:
+    """The placement in force."""
+    return _PLACE.get()
 
 
 @contextmanager
-def placed_by(place: Place | None) -> Iterator[None]:
+def placed_by(place: Placement | None) -> Iterator[None]:
     """Puts `place` in force for what is traced inside."""
     token = _PLACE.set(place)
     try:

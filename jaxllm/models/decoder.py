@@ -85,6 +85,7 @@ class Decoder(nnx.Module):
         documents_BT: Int[Array, "B T"],
         *,
         prefix_BT: Bool[Array, "B T"] | None = None,
+        index_BT: Int[Array, "#B T"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T V"]:
         """float32 logits of the token after each token.
@@ -93,9 +94,12 @@ class Decoder(nnx.Module):
           positions_BT: position in the document, from 0; padding may hold anything.
           documents_BT: document id in a packed row; 0 is padding and is seen by padding only.
           prefix_BT: marks tokens of a bidirectional prefix, for masks with `prefix`.
+          index_BT: place of each token in its row, where the tokens of a row stand in another order.
           key: turns dropout on.
         """
-        return self.logits(self.hidden(tokens_BT, positions_BT, documents_BT, prefix_BT=prefix_BT, key=key))
+        return self.logits(
+            self.hidden(tokens_BT, positions_BT, documents_BT, prefix_BT=prefix_BT, index_BT=index_BT, key=key)
+        )
 
     def hidden(
         self,
@@ -104,19 +108,21 @@ class Decoder(nnx.Module):
         documents_BT: Int[Array, "B T"],
         *,
         prefix_BT: Bool[Array, "B T"] | None = None,
+        index_BT: Int[Array, "#B T"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
         """What the head turns into logits: the residual stream after the last norm."""
         T = tokens_BT.shape[1]
         if self.cfg.position.kind == "learned" and T > self.cfg.context:
             raise ConfigError(f"rows of {T} tokens for a model of {self.cfg.context} learned positions (model.context)")
-        tokens = row_tokens(positions_BT, documents_BT, prefix_BT)
+        tokens = row_tokens(positions_BT, documents_BT, prefix_BT, index_BT)
         x_BTD = self.embed(tokens_BT, positions_BT, key)
         x_BTD, _ = self.layers(x_BTD, tokens, key)
         return self._last_norm(x_BTD)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """float32 logits of hidden states."""
+        x_BTD = constrain(x_BTD, "batch", "seq", "embed")
         if self.cfg.tie:
             y_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding[...], preferred_element_type=jnp.float32)
         else:
@@ -213,7 +219,7 @@ class Decoder(nnx.Module):
         if cfg.embedding_norm:
             x_BTD = self.embedding_norm(x_BTD)
         x_BTD = drop(x_BTD, cfg.dropout.embedding, None if key is None else jax.random.fold_in(key, cfg.num_layers))
-        return constrain(x_BTD, "batch", "seq", "embed")
+        return constrain(x_BTD, "batch", "norm_seq", "embed")
 
     def layers(
         self, x_BTD: Float[Array, "B T D"], tokens: Tokens, key: Key[Array, ""] | None = None, keep: bool = False
@@ -309,9 +315,9 @@ def stacked(cfg: DecoderConfig, block: BlockConfig, key: Key[Array, ""], layers:
     return nnx.merge(graphdef, weights)
 
 
-def row_tokens(positions_BT, documents_BT, prefix_BT=None) -> Tokens:
+def row_tokens(positions_BT, documents_BT, prefix_BT=None, index_BT=None) -> Tokens:
     """Where the tokens of packed rows stand."""
-    index = jnp.arange(positions_BT.shape[1])[None]
+    index = jnp.arange(positions_BT.shape[1])[None] if index_BT is None else index_BT
     prefix = jnp.zeros((1, 1), bool) if prefix_BT is None else prefix_BT
     return Tokens(index, positions_BT, documents_BT, prefix)
 

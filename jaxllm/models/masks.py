@@ -25,6 +25,11 @@ class _Combines(Config):
         """Whether tokens never see what is generated after them (a prefix is there before generation starts)."""
         return True
 
+    @property
+    def causal(self) -> bool:
+        """Whether no token sees one that stands after it in the row."""
+        return False
+
     def __and__(self, other: "_Combines") -> "All":
         return All(of=(self, other))
 
@@ -36,6 +41,10 @@ class Causal(_Combines):
     """A token sees itself and everything before it."""
 
     kind: Literal["causal"] = "causal"
+
+    @property
+    def causal(self) -> bool:
+        return True
 
     def visible(self, q: Coords, k: Coords) -> Any:
         return k.index <= q.index
@@ -77,6 +86,10 @@ class Window(_Combines):
     def decodable(self) -> bool:
         return self.right == 0
 
+    @property
+    def causal(self) -> bool:
+        return self.right == 0
+
     def visible(self, q: Coords, k: Coords) -> Any:
         return (q.index - k.index < self.left) & (k.index - q.index <= self.right)
 
@@ -104,6 +117,10 @@ class All(_Combines):
     def decodable(self) -> bool:
         return any(mask.decodable for mask in self.of)
 
+    @property
+    def causal(self) -> bool:
+        return any(mask.causal for mask in self.of)
+
     def visible(self, q: Coords, k: Coords) -> Any:
         seen = self.of[0].visible(q, k)
         for mask in self.of[1:]:
@@ -120,6 +137,10 @@ class Some(_Combines):
     @property
     def decodable(self) -> bool:
         return all(mask.decodable for mask in self.of)
+
+    @property
+    def causal(self) -> bool:
+        return all(mask.causal for mask in self.of)
 
     def visible(self, q: Coords, k: Coords) -> Any:
         seen = self.of[0].visible(q, k)

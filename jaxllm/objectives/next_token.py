@@ -25,7 +25,10 @@ def next_token(cfg: NextToken, model, batch: dict, key: Key[Array, ""] | None = 
     vocabulary are elementwise followed by a sum, so that logits sharded over the vocabulary are never gathered
     (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
     """
-    logits_BTV = model(batch["tokens"], batch["positions"], batch["documents"], prefix_BT=batch.get("prefix"), key=key)
+    logits_BTV = model(
+        batch["tokens"], batch["positions"], batch["documents"], prefix_BT=batch.get("prefix"),
+        index_BT=batch.get("index"), key=key,
+    )  # fmt: skip
     w_BT, targets_BT = batch["weights"], batch["targets"]
     top_BT = jax.lax.stop_gradient(jnp.max(logits_BTV, -1))
     log_z_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV - top_BT[..., None]), -1)) + top_BT

@@ -1,15 +1,16 @@
 """From rules to devices: the mesh, shardings of named arrays, and the placement of activations."""
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxllm.core.axes import Place
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.shapes import Array, PyTree
-from jaxllm.parallel.config import MESH_AXES, Mesh, Rules
+from jaxllm.parallel.config import MESH_AXES, Context, Mesh, Ring, Rules
 
 BATCH = ("batch", "seq")  # logical axes of a batch array; arrays of one value a row have the first
 
@@ -42,7 +43,8 @@ def fitting(mesh: jax.sharding.Mesh, rules: Rules, axes: tuple, shape: tuple[int
         shares = math.prod(mesh.shape[n] for n in names)
         if size % shares:
             raise ConfigError(
-                f"{name}: {axis}={size} does not divide over mesh axis {' x '.join(names)} of {shares} devices; change "
+                f"{name}: {axis}={size} does not divide over mesh axis "
+                f"{' x '.join(n for n in names if mesh.shape[n] > 1)} of {shares} devices; change "
                 f"the mesh or the model, or replicate it: set {axis} to null in sharding.parameters, .gradients, "
                 ".optimizer and .activations"
             )
@@ -68,13 +70,40 @@ def placed(shapes: PyTree, where: PyTree) -> PyTree:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
-def placement(mesh: jax.sharding.Mesh, rules: Rules) -> Place:
-    """What `core.axes.constrain` does inside a step on this mesh."""
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """`core.axes.Placement` of a run: what its rules make of logical axes on its mesh."""
 
-    def place(x: Array, axes: tuple[str | None, ...]) -> Array:
-        return jax.lax.with_sharding_constraint(x, fitting(mesh, rules, axes, x.shape, f"activation {axes}"))
+    mesh: jax.sharding.Mesh
+    rules: Rules
+    spread: Callable[..., Any] | None = None
 
-    return place
+    @property
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
+    def constrain(self, x: Array, axes: tuple[str | None, ...]) -> Array:
+        return jax.lax.with_sharding_constraint(x, fitting(self.mesh, self.rules, axes, x.shape, f"activation {axes}"))
+
+    def on_shares(self, fn: Callable, in_axes: tuple[tuple[str | None, ...], ...], out_axes: tuple) -> Callable:
+        """`fn` under shard_map over the whole mesh; dimensions of one element are on every device."""
+
+        def run(*args: Array) -> Array:
+            for x, axes in zip(args, in_axes, strict=True):
+                fitting(self.mesh, self.rules, axes, x.shape, f"argument {axes}")
+            specs = tuple(PartitionSpec(*self.rules.mesh_axes(axes)) for axes in in_axes)
+            out = PartitionSpec(*self.rules.mesh_axes(out_axes))
+            return jax.shard_map(fn, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
+
+        return run
+
+
+def placement(mesh: jax.sharding.Mesh, rules: Rules, context: Context = Ring()) -> Placed:
+    """What `core.axes` does inside a step on this mesh; `context` says how attention crosses the shares of a row."""
+    from jaxllm.parallel.context import spread  # brings the collectives along: only where a row is shared out
+
+    shared = rules.seq is not None and mesh.shape["context"] > 1
+    return Placed(mesh, rules, spread(mesh, rules, context) if shared else None)
 
 
 def batch_shardings(

@@ -9,7 +9,7 @@ from jaxllm.core.metrics import Metrics
 from jaxllm.data.config import DataConfig
 from jaxllm.models.config import Model, Remat
 from jaxllm.objectives.config import NextToken, Objective
-from jaxllm.parallel.config import Mesh, Sharding
+from jaxllm.parallel.config import Compression, Context, Mesh, Offload, Outer, Pipeline, Ring, Sharding
 
 # --- schedules: multiples of the peak learning rate by step -----------------------------------------------------
 
@@ -212,6 +212,12 @@ class RunConfig(Config):
     scan: bool = True  # scan over layers (compile time does not grow with depth); false: unroll
     mesh: Mesh = Mesh()  # devices by axis
     sharding: Sharding = Sharding()  # what lies on which mesh axis
+    context: Context = Ring()  # attention over mesh axis context
+    pipeline: Pipeline = Pipeline()  # layers over mesh axis pipe
+    offload: Offload = Offload()  # what waits in host memory
+    outer: Outer | None = None  # replicas (mesh axis data) that meet now and then only; null: at every step
+    compression: Compression | None = None  # of the gradients that are summed over mesh axis data; null: none
+    topology: str | None = None  # chips it is meant for, as `jaxllm plan --on` names them: v5p-256, h100-8x4
     evaluation: Evaluation = Evaluation()  # on held-out rows
     checkpoints: Checkpoints = Checkpoints()  # saving
     stability: Stability = Stability()  # non-finite steps and spikes

@@ -1,5 +1,6 @@
 """Attention: projections, rotation, masks, and the reference softmax that every kernel is tested against."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxllm.core.axes import constrain
+from jaxllm.core.axes import Placement, constrain, on_shares, placement
 from jaxllm.core.shapes import Array, Bool, Float, Int, Key
+from jaxllm.models import config
 from jaxllm.models.config import Block, DecoderConfig
 from jaxllm.models.layers.init import Weight, gain, std
 from jaxllm.models.layers.norm import Norm
@@ -16,6 +18,7 @@ from jaxllm.models.layers.param import constant, param
 from jaxllm.models.layers.position import Rotation, alibi_slopes, rotate
 from jaxllm.models.masks import Coords
 from jaxllm.models.remat import recomputed
+from pallas_kernels.attention import splash
 
 
 class Tokens(NamedTuple):
@@ -47,7 +50,8 @@ class Attention(nnx.Module):
         a = block.attention
         D, N, K, H = cfg.embed, a.num_heads, a.kv_heads, cfg.head_dim(a)
         g = gain(cfg, block)
-        self.cfg, self.position, self.scale = a, cfg.position, a.scale or H**-0.5
+        self.cfg, self.position = a, cfg.position
+        self.mixing = Mixing(a, a.scale or H**-0.5, cfg.position.kind == "alibi")
         self.rotary_dim = cfg.rotary_dim(a)
         self.w_q = param(rngs, std(cfg, Weight("hidden", D, N * H)), embed=D, heads=N, head_dim=H)
         self.w_k = param(rngs, std(cfg, Weight("hidden", D, K * H)), embed=D, kv_heads=K, head_dim=H)
@@ -91,15 +95,64 @@ class Attention(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
         """What the queries gather from the keys' values, projected back to the residual stream."""
-        o_BTNH = attend(
-            q_BTNH, kv.k_BSKH, kv.v_BSKH, self.visible(q, k), scale=self.scale, bias=self.bias(q, k),
-            softcap=self.cfg.softcap, dropout=dropout, key=key,
-        )  # fmt: skip
+        o_BTNH = self.mixing.over_mesh(q_BTNH, kv, q, k, dropout, key)
         o_BTNH = checkpoint_name(constrain(o_BTNH, "batch", "seq", "heads", "head_dim"), "attention")
         if hasattr(self, "inner_norm"):
             o_BTNH = self.inner_norm(o_BTNH)
         y_BTD = jnp.einsum("BTNH,NHD->BTD", o_BTNH, self.w_o[...])
         return y_BTD + self.b_o[...] if self.cfg.out_bias else y_BTD
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixing:
+    """Attention without weights: what the queries of one layer gather from keys and values.
+
+    Its functions know nothing of a mesh, so that every device can run them on its own share of rows, heads and,
+    block by block, of a row. `slopes_N` are ALiBi's, of the heads at hand; without ALiBi they are not looked at.
+    """
+
+    cfg: config.Attention
+    scale: float
+    alibi: bool
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token sees one that stands after it in the row."""
+        return self.cfg.mask.causal
+
+    def slopes(self) -> Float[Array, " N"]:
+        return alibi_slopes(self.cfg.num_heads) if self.alibi else jnp.zeros(self.cfg.num_heads, jnp.float32)
+
+    def over_mesh(
+        self, q_BTNH: Array, kv: KV, q: Tokens, k: Tokens, dropout: float = 0.0, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B T N H"]:
+        """`whole` as the run in force lays it out: rows shared by several devices, a kernel, or left to XLA."""
+        place = placement()
+        if place is not None and place.spread is not None:
+            return place.spread(self, q_BTNH, kv.k_BSKH, kv.v_BSKH, q, k)
+        if not (dropout and key is not None) and self.kernel_applies(place, q_BTNH, kv):
+            on_rows = ("batch", "seq")
+            heads, kv_heads = (*on_rows, "heads", "head_dim"), (*on_rows, "kv_heads", "head_dim")
+            run = on_shares(self.kernel, (heads, kv_heads, kv_heads, on_rows), heads)
+            return run(q_BTNH, kv.k_BSKH, kv.v_BSKH, jnp.broadcast_to(q.document, q_BTNH.shape[:2]))
+        return self.whole(q_BTNH, kv.k_BSKH, kv.v_BSKH, q, k, self.slopes(), dropout, key)
+
+    def whole(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BSKH: Float[Array, "B S K H"],
+        v_BSKH: Float[Array, "B S K H"],
+        q: Tokens,
+        k: Tokens,
+        slopes_N: Float[Array, " N"],
+        dropout: float = 0.0,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B T N H"]:
+        """softmax over all keys that there are."""
+        return attend(
+            q_BTNH, k_BSKH, v_BSKH, self.visible(q, k), scale=self.scale, bias=self.bias(q, k, slopes_N),
+            softcap=self.cfg.softcap, dropout=dropout, key=key,
+        )  # fmt: skip
 
     def visible(self, q: Tokens, k: Tokens) -> Bool[Array, "B T S"]:
         """Who sees whom: the mask, within the window, within the document; and every token sees itself."""
@@ -110,12 +163,29 @@ class Attention(nnx.Module):
         # A softmax over nothing would be an average over everything, other documents included.
         return seen | (queries.index == keys.index)
 
-    def bias(self, q: Tokens, k: Tokens) -> Float[Array, "B N T S"] | None:
+    def bias(self, q: Tokens, k: Tokens, slopes_N: Float[Array, " N"]) -> Float[Array, "B N T S"] | None:
         """ALiBi: -slope * distance."""
-        if self.position.kind != "alibi":
+        if not self.alibi:
             return None
         distance_BTS = jnp.abs(q.position[:, :, None] - k.position[:, None, :]).astype(jnp.float32)
-        return -alibi_slopes(self.cfg.num_heads)[None, :, None, None] * distance_BTS[:, None]
+        return -slopes_N[None, :, None, None] * distance_BTS[:, None]
+
+    def kernel_applies(self, place: Placement | None, q_BTNH: Array, kv: KV) -> bool:
+        """Whether the flash kernel takes this layer, here: a TPU's, for training (as many queries as keys)."""
+        return (
+            (place is not None and place.platform == "tpu") and not self.alibi
+            and q_BTNH.shape[1] == kv.k_BSKH.shape[1] and self.cfg.mask.kind in ("causal", "full")
+            and splash.applies(q_BTNH, kv.k_BSKH)
+        )  # fmt: skip
+
+    def kernel(
+        self, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, document_BT: Int[Array, "B T"]
+    ) -> Float[Array, "B T N H"]:
+        """`whole` of one row of documents with itself, without a [T, S] array."""
+        return splash.attention(
+            q_BTNH, k_BSKH, v_BSKH, document_BT, causal=self.causal, window=self.cfg.window, scale=self.scale,
+            softcap=self.cfg.softcap,
+        )  # fmt: skip
 
 
 def attend(

@@ -47,13 +47,15 @@ class Block(nnx.Module):
         keys = jax.random.split(key, 3) if key is not None else (None, None, None)
 
         def attention(h_BTD):
+            h_BTD = constrain(h_BTD, "batch", "seq", "embed")
             q_BTNH, new = self.attention.project(h_BTD, layer.rotations.get(self.attention.rotary_dim))
             kv, k_tokens = remember(new)
             y = self.attention.mix(q_BTNH, kv, layer.tokens, k_tokens, self.cfg.dropout.attention, keys[0])
-            return drop(y, self.cfg.dropout.residual, keys[1])
+            return drop(constrain(y, "batch", "norm_seq", "embed"), self.cfg.dropout.residual, keys[1])
 
         def ffn(h_BTD):
-            return drop(self.ffn(h_BTD), self.cfg.dropout.residual, keys[2])
+            y = self.ffn(constrain(h_BTD, "batch", "seq", "embed"))
+            return drop(constrain(y, "batch", "norm_seq", "embed"), self.cfg.dropout.residual, keys[2])
 
         match self.placement.kind:
             case "pre" | "subln":
@@ -72,7 +74,7 @@ class Block(nnx.Module):
                 alpha = jnp.asarray(self.cfg.deepnorm_alpha, x_BTD.dtype)
                 x_BTD = self.norm_attention(alpha * x_BTD + attention(x_BTD))
                 x_BTD = self.norm_ffn(alpha * x_BTD + ffn(x_BTD))
-        return constrain(x_BTD, "batch", "seq", "embed")
+        return constrain(x_BTD, "batch", "norm_seq", "embed")
 
 
 def drop(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
