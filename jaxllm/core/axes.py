@@ -25,6 +25,12 @@ class Placement(Protocol):
 
     def on_shares(self, fn: Callable, in_axes: tuple[Axes, ...], out_axes: Axes) -> Callable: ...
 
+    def reduces(self, x_axes: Axes) -> bool: ...
+
+    def weight_gradient(
+        self, equation: str, x: Array, dy: Array, x_axes: Axes, dy_axes: Axes, w_axes: Axes
+    ) -> Array: ...
+
 
 _PLACE: ContextVar[Placement | None] = ContextVar("place", default=None)
 

@@ -15,6 +15,7 @@ from jaxllm.models.config import DecoderConfig
 from jaxllm.models.layers.attention import KV, Tokens
 from jaxllm.models.layers.block import Block, Layer, drop
 from jaxllm.models.layers.init import Weight, std
+from jaxllm.models.layers.linear import linear
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import constant, param
 from jaxllm.models.layers.position import rotation, sinusoids
@@ -123,10 +124,11 @@ class Decoder(nnx.Module):
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """float32 logits of hidden states."""
         x_BTD = constrain(x_BTD, "batch", "seq", "embed")
+        rows, out, f32 = ("batch", "seq", "embed"), ("batch", "seq", "vocab"), jnp.dtype(jnp.float32)
         if self.cfg.tie:
-            y_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding[...], preferred_element_type=jnp.float32)
+            y_BTV = linear("BTD,VD->BTV", x_BTD, self.embedding[...], rows, ("vocab", "embed"), out, f32)
         else:
-            y_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, self.head[...], preferred_element_type=jnp.float32)
+            y_BTV = linear("BTD,DV->BTV", x_BTD, self.head[...], rows, ("embed", "vocab"), out, f32)
         if self.cfg.head_bias:
             y_BTV = y_BTV + self.head_bias[...]
         if self.cfg.logit_softcap:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.shapes import Array, PyTree
-from jaxllm.parallel.config import MESH_AXES, Context, Mesh, Ring, Rules
+from jaxllm.parallel.config import MESH_AXES, Context, Mesh, MeshAxes, Ring, Rules
 
 BATCH = ("batch", "seq")  # logical axes of a batch array; arrays of one value a row have the first
 
@@ -39,7 +40,7 @@ def fitting(mesh: jax.sharding.Mesh, rules: Rules, axes: tuple, shape: tuple[int
     """
     placed = sharding(mesh, rules, axes)
     for size, axis, mesh_axes in zip(shape, axes, placed.spec):
-        names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+        names = _names(mesh_axes)
         shares = math.prod(mesh.shape[n] for n in names)
         if size % shares:
             raise ConfigError(
@@ -75,7 +76,8 @@ class Placed:
     """`core.axes.Placement` of a run: what its rules make of logical axes on its mesh."""
 
     mesh: jax.sharding.Mesh
-    rules: Rules
+    rules: Rules  # of activations
+    gradients: Rules  # of the gradients of weights
     spread: Callable[..., Any] | None = None
 
     @property
@@ -91,19 +93,95 @@ class Placed:
         def run(*args: Array) -> Array:
             for x, axes in zip(args, in_axes, strict=True):
                 fitting(self.mesh, self.rules, axes, x.shape, f"argument {axes}")
-            specs = tuple(PartitionSpec(*self.rules.mesh_axes(axes)) for axes in in_axes)
-            out = PartitionSpec(*self.rules.mesh_axes(out_axes))
-            return jax.shard_map(fn, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
+            return self._by_device(fn, [self.rules.mesh_axes(a) for a in in_axes], self.rules.mesh_axes(out_axes))(*args)
 
         return run
 
+    def reduces(self, x_axes: tuple[str | None, ...]) -> bool:
+        """Whether several devices share the rows of activations with these axes, so that gradients must be summed."""
+        rows = [n for a, m in zip(x_axes, self.rules.mesh_axes(x_axes)) if a in BATCH for n in _names(m)]
+        return any(self.mesh.shape[n] > 1 for n in rows)
 
-def placement(mesh: jax.sharding.Mesh, rules: Rules, context: Context = Ring()) -> Placed:
-    """What `core.axes` does inside a step on this mesh; `context` says how attention crosses the shares of a row."""
+    def weight_gradient(self, equation: str, x: Array, dy: Array, x_axes: tuple, dy_axes: tuple, w_axes: tuple) -> Array:
+        """einsum of activations and a gradient, summed over the devices that share rows, as `gradients` lays it out.
+
+        Mesh axes that share the gradient out scatter what they sum; the others all-reduce what is left.
+        """
+        xs, dys, ws = self.rules.mesh_axes(x_axes), self.rules.mesh_axes(dy_axes), self.gradients.mesh_axes(w_axes)
+        summed = {n for a, m in zip(x_axes, xs) if a in BATCH for n in _names(m) if self.mesh.shape[n] > 1}
+
+        def local(x: Array, dy: Array) -> Array:
+            g = jax.numpy.einsum(equation, x, dy)
+            scattered = set()
+            for dim, names in enumerate(map(_names, ws)):
+                for n in names:
+                    if n in summed:
+                        for groups in stages(self.mesh, n):
+                            g = jax.lax.psum_scatter(g, n, scatter_dimension=dim, axis_index_groups=groups, tiled=True)
+                        scattered.add(n)
+            rest = tuple(n for n in self.mesh.axis_names if n in summed - scattered)
+            return jax.lax.psum(g, rest) if rest else g
+
+        return self._by_device(local, [xs, dys], ws)(x, dy)
+
+    def _by_device(self, fn: Callable, in_specs: list[tuple], out_spec: tuple) -> Callable:
+        specs = tuple(PartitionSpec(*spec) for spec in in_specs)
+        return jax.shard_map(
+            fn, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(*out_spec), check_vma=False
+        )
+
+
+def stages(mesh: jax.sharding.Mesh, axis: str) -> list[list[list[int]] | None]:
+    """Groups along a mesh axis, stage after stage, in which to reduce-scatter over it; [None] is all at once.
+
+    libtpu turns a reduce-scatter over a torus of two or three dimensions into an all-reduce when more than 16 chips
+    take part (seen with 0.0.42); one ring dimension after the other it does as asked.
+    """
+    n = mesh.shape[axis]
+    if n <= RING:
+        return [None]
+    line = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), -1).reshape(-1, n)[0]
+    sizes = rings([tuple(getattr(d, "coords", (i,))) for i, d in enumerate(line)])
+    if len(sizes) == 1:
+        return [None]
+    ids = np.arange(n).reshape(sizes)
+    return [np.moveaxis(ids, k, -1).reshape(-1, size).tolist() for k, size in enumerate(sizes)]
+
+
+RING = 16  # chips that libtpu reduce-scatters over at once
+
+
+def rings(coords: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Sizes of the torus dimensions that a row-major walk of chips goes along, neighbours merged up to RING chips."""
+    sizes = [len(set(c)) for c in zip(*coords)]
+    order = sorted(range(len(sizes)), key=lambda d: next((i for i, c in enumerate(coords) if c[d] != coords[0][d]), 0))
+    found: list[int] = []
+    for size in (sizes[d] for d in reversed(order) if sizes[d] > 1):
+        if found and found[-1] * size <= RING:
+            found[-1] *= size
+        else:
+            found.append(size)
+    return tuple(reversed(found)) if math.prod(found) == len(coords) else (len(coords),)
+
+
+def _names(mesh_axes: MeshAxes) -> tuple[str, ...]:
+    return (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+
+
+def placement(
+    mesh: jax.sharding.Mesh, rules: Rules, gradients: Rules = Rules(), context: Context = Ring()
+) -> Placed:
+    """What `core.axes` does inside a step on this mesh.
+
+    Args:
+      rules: of activations.
+      gradients: of the gradients of weights.
+      context: how attention crosses the shares of a row.
+    """
     from jaxllm.parallel.context import spread  # brings the collectives along: only where a row is shared out
 
     shared = rules.seq is not None and mesh.shape["context"] > 1
-    return Placed(mesh, rules, spread(mesh, rules, context) if shared else None)
+    return Placed(mesh, rules, gradients, spread(mesh, rules, context) if shared else None)
 
 
 def batch_shardings(

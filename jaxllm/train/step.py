@@ -98,7 +98,7 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if dropout else None
-        with placed_by(placement(setup.mesh, cfg.sharding.activations, cfg.context)):
+        with placed_by(placement(setup.mesh, cfg.sharding.activations, cfg.sharding.gradients, cfg.context)):
             grads, weight, sums = gradients(setup, state, batch, key)
         # Gradients are of sums over tokens: one division by the weight of the whole batch makes the mean exact
         # whatever the microbatches weigh.
@@ -176,7 +176,7 @@ def make_eval_step(setup: Setup) -> Callable[[Params, Batch], Sums]:
     """jitted (params, batch) -> metric sums, with `bits_per_byte` = (nats / ln 2, bytes of text)."""
 
     def eval_step(params: Params, batch: Batch) -> Sums:
-        with placed_by(placement(setup.mesh, setup.cfg.sharding.activations, setup.cfg.context)):
+        with placed_by(placement(setup.mesh, setup.cfg.sharding.activations, setup.cfg.sharding.gradients, setup.cfg.context)):
             loss = setup.objective(merge(setup.graphdef, setup.policy.cast(params)), batch, None)
         nats, _ = loss.metrics["xent"]
         return loss.metrics | {"bits_per_byte": (nats / jnp.log(2.0), jnp.sum(batch["bytes"]).astype(jnp.float32))}

@@ -13,12 +13,16 @@ from jaxllm.core.shapes import Array, Bool, Float, Int, Key
 from jaxllm.models import config
 from jaxllm.models.config import Block, DecoderConfig
 from jaxllm.models.layers.init import Weight, gain, std
+from jaxllm.models.layers.linear import linear
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import constant, param
 from jaxllm.models.layers.position import Rotation, alibi_slopes, rotate
 from jaxllm.models.masks import Coords
 from jaxllm.models.remat import recomputed
 from pallas_kernels.attention import splash
+
+
+ROWS = ("batch", "seq")  # logical axes of the tokens of a batch
 
 
 class Tokens(NamedTuple):
@@ -71,9 +75,11 @@ class Attention(nnx.Module):
 
     def project(self, x_BTD: Float[Array, "B T D"], rotation: Rotation | None) -> tuple[Float[Array, "B T N H"], KV]:
         """Queries, keys and values of `x_BTD`, normed and rotated."""
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_q[...])
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_k[...])
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_v[...])
+        x_axes, q_axes = (*ROWS, "embed"), ("embed", "heads", "head_dim")
+        kv_axes = ("embed", "kv_heads", "head_dim")
+        q_BTNH = linear("BTD,DNH->BTNH", x_BTD, self.w_q[...], x_axes, q_axes, (*ROWS, *q_axes[1:]))
+        k_BTKH = linear("BTD,DKH->BTKH", x_BTD, self.w_k[...], x_axes, kv_axes, (*ROWS, *kv_axes[1:]))
+        v_BTKH = linear("BTD,DKH->BTKH", x_BTD, self.w_v[...], x_axes, kv_axes, (*ROWS, *kv_axes[1:]))
         if self.cfg.bias:
             q_BTNH, k_BTKH, v_BTKH = q_BTNH + self.b_q[...], k_BTKH + self.b_k[...], v_BTKH + self.b_v[...]
         if self.cfg.qk_norm:
@@ -99,7 +105,10 @@ class Attention(nnx.Module):
         o_BTNH = checkpoint_name(constrain(o_BTNH, "batch", "seq", "heads", "head_dim"), "attention")
         if hasattr(self, "inner_norm"):
             o_BTNH = self.inner_norm(o_BTNH)
-        y_BTD = jnp.einsum("BTNH,NHD->BTD", o_BTNH, self.w_o[...])
+        o_axes = ("heads", "head_dim", "embed")
+        y_BTD = linear(
+            "BTNH,NHD->BTD", o_BTNH, self.w_o[...], (*ROWS, "heads", "head_dim"), o_axes, (*ROWS, "embed")
+        )
         return y_BTD + self.b_o[...] if self.cfg.out_bias else y_BTD
 
 
@@ -131,9 +140,8 @@ class Mixing:
         if place is not None and place.spread is not None:
             return place.spread(self, q_BTNH, kv.k_BSKH, kv.v_BSKH, q, k)
         if not (dropout and key is not None) and self.kernel_applies(place, q_BTNH, kv):
-            on_rows = ("batch", "seq")
-            heads, kv_heads = (*on_rows, "heads", "head_dim"), (*on_rows, "kv_heads", "head_dim")
-            run = on_shares(self.kernel, (heads, kv_heads, kv_heads, on_rows), heads)
+            heads, kv_heads = (*ROWS, "heads", "head_dim"), (*ROWS, "kv_heads", "head_dim")
+            run = on_shares(self.kernel, (heads, kv_heads, kv_heads, ROWS), heads)
             return run(q_BTNH, kv.k_BSKH, kv.v_BSKH, jnp.broadcast_to(q.document, q_BTNH.shape[:2]))
         return self.whole(q_BTNH, kv.k_BSKH, kv.v_BSKH, q, k, self.slopes(), dropout, key)
 

@@ -10,6 +10,7 @@ from jaxllm.core.axes import constrain
 from jaxllm.core.shapes import Array, Float
 from jaxllm.models.config import Activation, Block, DecoderConfig
 from jaxllm.models.layers.init import Weight, gain, std
+from jaxllm.models.layers.linear import linear
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import constant, param
 from jaxllm.models.remat import recomputed
@@ -51,10 +52,11 @@ class FFN(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         bias = self.cfg.bias
-        h_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.w_up[...])
+        wide, narrow = ("batch", "seq", "mlp"), ("batch", "seq", "embed")
+        h_BTF = linear("BTD,DF->BTF", x_BTD, self.w_up[...], narrow, ("embed", "mlp"), wide)
         h_BTF = h_BTF + self.b_up[...] if bias else h_BTF
         if self.cfg.glu:
-            gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.w_gate[...])
+            gate_BTF = linear("BTD,DF->BTF", x_BTD, self.w_gate[...], narrow, ("embed", "mlp"), wide)
             gate_BTF = gate_BTF + self.b_gate[...] if bias else gate_BTF
             h_BTF = recomputed(functools.partial(gated, self.cfg.activation))(gate_BTF, h_BTF)
         else:
@@ -62,5 +64,5 @@ class FFN(nnx.Module):
         h_BTF = constrain(h_BTF, "batch", "seq", "mlp")
         if hasattr(self, "inner_norm"):
             h_BTF = self.inner_norm(h_BTF)
-        y_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, self.w_down[...])
+        y_BTD = linear("BTF,FD->BTD", h_BTF, self.w_down[...], wide, ("mlp", "embed"), narrow)
         return y_BTD + self.b_down[...] if bias else y_BTD
