@@ -318,4 +318,6 @@ class DecoderConfig(Config):
 
 Model = union(DecoderConfig)
 
-Remat = Literal["none", "full", "dots", "save_attention", "offload"]  # see jaxllm.models.remat
+# What the backward pass keeps of a layer instead of computing it again; see jaxllm.models.remat.
+Kept = Literal["q", "k", "v", "attention", "residual", "gate", "up"]
+Remat = Literal["none", "full", "dots", "save_attention", "offload"] | tuple[Kept, ...]

@@ -22,15 +22,20 @@ def remat(layer: Callable, policy: Remat, *, scanned: bool) -> Callable:
 
     none: everything is kept. full: only the layer's input. dots: results of weight matmuls. save_attention: queries,
     keys, values and attention output (Korthikanti et al. 2022, arXiv:2205.05198, section 5, the cheap rest is
-    computed again). offload: like save_attention, kept in host memory.
+    computed again). offload: like save_attention, kept in host memory. Or the names of what is kept besides the
+    layer's input: q, k, v (rotated), attention (its output before the projection), residual (the stream between
+    attention and feed-forward), gate, up (of the feed-forward, before the activation).
     """
     policies = jax.checkpoint_policies
+    if isinstance(policy, tuple):
+        keep = policies.save_only_these_names(*policy)
+        return jax.checkpoint(layer, policy=keep, prevent_cse=not scanned)
     kept: dict[str, Any] = {
         "full": policies.nothing_saveable,
         "dots": policies.dots_with_no_batch_dims_saveable,
-        "save_attention": policies.save_only_these_names("qkv", "attention"),
+        "save_attention": policies.save_only_these_names("q", "k", "v", "attention"),
         "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=["qkv", "attention"],
+            names_which_can_be_saved=[], names_which_can_be_offloaded=["q", "k", "v", "attention"],
             offload_src="device", offload_dst="pinned_host",
         ),
     }  # fmt: skip

@@ -29,6 +29,7 @@ def attention(
     window: int | None = None,
     scale: float,
     softcap: float | None = None,
+    name: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """softmax(q k^T * scale) v within documents, [B, T, N, H]; grouped heads as they are.
@@ -36,17 +37,18 @@ def attention(
     Args:
       document_BT: tokens see their own document only.
       window: a query sees itself and `window` - 1 tokens before it (and, unless causal, all after it).
+      name: what rematerialisation policies know the result (and its log-sum-exp) by.
       interpret: runs on any platform, slowly: for tests.
     """
     N, T = q_BTNH.shape[2], q_BTNH.shape[1]
-    kernel = _kernel(N, T, causal, window, softcap, interpret)
+    kernel = _kernel(N, T, causal, window, softcap, name, interpret)
     q_BNTH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).swapaxes(1, 2)
     o_BNTH = jax.vmap(kernel)(q_BNTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), document_BT)
     return o_BNTH.swapaxes(1, 2)
 
 
 @functools.cache
-def _kernel(heads: int, T: int, causal: bool, window: int | None, softcap: float | None, interpret: bool):
+def _kernel(heads: int, T: int, causal: bool, window: int | None, softcap: float | None, name: str | None, interpret: bool):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -62,6 +64,6 @@ def _kernel(heads: int, T: int, causal: bool, window: int | None, softcap: float
     with jax.ensure_compile_time_eval():
         made = splash.make_splash_mha(
             masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-            attn_logits_soft_cap=softcap, interpret=interpret,
+            attn_logits_soft_cap=softcap, residual_checkpoint_name=name, interpret=interpret,
         )  # fmt: skip
     return lambda q, k, v, document: made(q, k, v, segment_ids=splash.SegmentIds(document, document))

@@ -86,9 +86,9 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if rotation is not None:
             q_BTNH, k_BTKH = rotate(self.position, q_BTNH, rotation), rotate(self.position, k_BTKH, rotation)
-        q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", "seq", "heads", "head_dim"), "qkv")
-        k_BTKH = checkpoint_name(constrain(k_BTKH, "batch", "seq", "kv_heads", "head_dim"), "qkv")
-        v_BTKH = checkpoint_name(constrain(v_BTKH, "batch", "seq", "kv_heads", "head_dim"), "qkv")
+        q_BTNH = checkpoint_name(constrain(q_BTNH, *ROWS, "heads", "head_dim"), "q")
+        k_BTKH = checkpoint_name(constrain(k_BTKH, *ROWS, "kv_heads", "head_dim"), "k")
+        v_BTKH = checkpoint_name(constrain(v_BTKH, *ROWS, "kv_heads", "head_dim"), "v")
         return q_BTNH, KV(k_BTKH, v_BTKH)
 
     def mix(
@@ -102,7 +102,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """What the queries gather from the keys' values, projected back to the residual stream."""
         o_BTNH = self.mixing.over_mesh(q_BTNH, kv, q, k, dropout, key)
-        o_BTNH = checkpoint_name(constrain(o_BTNH, "batch", "seq", "heads", "head_dim"), "attention")
+        o_BTNH = constrain(o_BTNH, *ROWS, "heads", "head_dim")
         if hasattr(self, "inner_norm"):
             o_BTNH = self.inner_norm(o_BTNH)
         o_axes = ("heads", "head_dim", "embed")
@@ -135,15 +135,22 @@ class Mixing:
     def over_mesh(
         self, q_BTNH: Array, kv: KV, q: Tokens, k: Tokens, dropout: float = 0.0, key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T N H"]:
-        """`whole` as the run in force lays it out: rows shared by several devices, a kernel, or left to XLA."""
+        """`whole` as the run in force lays it out, with what the backward pass needs of it named for `remat`."""
         place = placement()
         if place is not None and place.spread is not None:
             return place.spread(self, q_BTNH, kv.k_BSKH, kv.v_BSKH, q, k)
-        if not (dropout and key is not None) and self.kernel_applies(place, q_BTNH, kv):
+        return self.over_rows(q_BTNH, kv.k_BSKH, kv.v_BSKH, q, k, dropout, key)
+
+    def over_rows(
+        self, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, q: Tokens, k: Tokens, dropout: float = 0.0,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B T N H"]:  # fmt: skip
+        """`whole` of rows that no two devices share: by a kernel, or left to XLA."""
+        if not (dropout and key is not None) and self.kernel_applies(placement(), q_BTNH, k_BSKH):
             heads, kv_heads = (*ROWS, "heads", "head_dim"), (*ROWS, "kv_heads", "head_dim")
             run = on_shares(self.kernel, (heads, kv_heads, kv_heads, ROWS), heads)
-            return run(q_BTNH, kv.k_BSKH, kv.v_BSKH, jnp.broadcast_to(q.document, q_BTNH.shape[:2]))
-        return self.whole(q_BTNH, kv.k_BSKH, kv.v_BSKH, q, k, self.slopes(), dropout, key)
+            return run(q_BTNH, k_BSKH, v_BSKH, jnp.broadcast_to(q.document, q_BTNH.shape[:2]))
+        return checkpoint_name(self.whole(q_BTNH, k_BSKH, v_BSKH, q, k, self.slopes(), dropout, key), "attention")
 
     def whole(
         self,
@@ -162,6 +169,50 @@ class Mixing:
             softcap=self.cfg.softcap, dropout=dropout, key=key,
         )  # fmt: skip
 
+    def partial(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BSKH: Float[Array, "B S K H"],
+        v_BSKH: Float[Array, "B S K H"],
+        q: Tokens,
+        k: Tokens,
+        slopes_N: Float[Array, " N"],
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+        """softmax over these keys alone, and the log of its denominator, in float32: 0 and -inf where none is seen.
+
+        With both the softmax over more keys can be put together (Milakov & Gimelshein 2018, arXiv:1805.02867).
+        """
+        logits_BKGTS = self.logits(q_BTNH, k_BSKH, q, k, slopes_N)
+        top_BKGT1 = logits_BKGTS.max(-1, keepdims=True)
+        weights_BKGTS = jnp.where(logits_BKGTS > HIDDEN, jnp.exp(logits_BKGTS - top_BKGT1), 0)
+        total_BKGT1 = weights_BKGTS.sum(-1, keepdims=True)
+        o_BKGTH = gathered(weights_BKGTS, v_BSKH) / jnp.maximum(total_BKGT1, jnp.finfo(jnp.float32).tiny)
+        return by_token(o_BKGTH), by_token(top_BKGT1 + jnp.log(total_BKGT1))[..., 0]
+
+    def weighted(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BSKH: Float[Array, "B S K H"],
+        v_BSKH: Float[Array, "B S K H"],
+        q: Tokens,
+        k: Tokens,
+        slopes_N: Float[Array, " N"],
+        log_z_BTN: Float[Array, "B T N"],
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+        """These keys' part of a softmax over more of them, whose denominators are known: p v and the sum of p."""
+        logits_BKGTS = self.logits(q_BTNH, k_BSKH, q, k, slopes_N)
+        log_z_BKGT = log_z_BTN.swapaxes(1, 2).reshape(logits_BKGTS.shape[:-1])
+        weights_BKGTS = jnp.exp(logits_BKGTS - log_z_BKGT[..., None])
+        total_BKGT1 = weights_BKGTS.sum(-1, keepdims=True)
+        return by_token(gathered(weights_BKGTS, v_BSKH)), by_token(total_BKGT1)[..., 0]
+
+    def logits(
+        self, q_BTNH: Array, k_BSKH: Array, q: Tokens, k: Tokens, slopes_N: Float[Array, " N"]
+    ) -> Float[Array, "B K G T S"]:
+        return masked(
+            products(q_BTNH, k_BSKH, self.scale), self.visible(q, k), self.bias(q, k, slopes_N), self.cfg.softcap
+        )
+
     def visible(self, q: Tokens, k: Tokens) -> Bool[Array, "B T S"]:
         """Who sees whom: the mask, within the window, within the document; and every token sees itself."""
         queries, keys = q.queries(), k.keys()
@@ -178,12 +229,12 @@ class Mixing:
         distance_BTS = jnp.abs(q.position[:, :, None] - k.position[:, None, :]).astype(jnp.float32)
         return -slopes_N[None, :, None, None] * distance_BTS[:, None]
 
-    def kernel_applies(self, place: Placement | None, q_BTNH: Array, kv: KV) -> bool:
+    def kernel_applies(self, place: Placement | None, q_BTNH: Array, k_BSKH: Array) -> bool:
         """Whether the flash kernel takes this layer, here: a TPU's, for training (as many queries as keys)."""
         return (
             (place is not None and place.platform == "tpu") and not self.alibi
-            and q_BTNH.shape[1] == kv.k_BSKH.shape[1] and self.cfg.mask.kind in ("causal", "full")
-            and splash.applies(q_BTNH, kv.k_BSKH)
+            and q_BTNH.shape[1] == k_BSKH.shape[1] and self.cfg.mask.kind in ("causal", "full")
+            and splash.applies(q_BTNH, k_BSKH)
         )  # fmt: skip
 
     def kernel(
@@ -192,7 +243,7 @@ class Mixing:
         """`whole` of one row of documents with itself, without a [T, S] array."""
         return splash.attention(
             q_BTNH, k_BSKH, v_BSKH, document_BT, causal=self.causal, window=self.cfg.window, scale=self.scale,
-            softcap=self.cfg.softcap,
+            softcap=self.cfg.softcap, name="attention",
         )  # fmt: skip
 
 
@@ -212,30 +263,58 @@ def attend(
 
     Vaswani et al. 2017, arXiv:1706.03762, equation 1; grouped heads: Ainslie et al. 2023, arXiv:2305.13245.
     """
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    # Heads before tokens, where the CPU's matrix products are twice as fast; TPU and GPU lay it out as they like.
-    q_BKGTH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    logits_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    logits_BKGTS = products(q_BTNH, k_BSKH, scale)
 
-    def mix(logits_BKGTS: Array, v_BKSH: Array) -> Array:
-        if softcap is not None:
-            logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
-        if bias is not None:
-            logits_BKGTS += bias.reshape(bias.shape[0], K, N // K, *bias.shape[2:])
-        logits_BKGTS = jnp.where(visible_BTS[:, None, None], logits_BKGTS, jnp.finfo(jnp.float32).min)
+    def mix(logits_BKGTS: Array, v_BSKH: Array) -> Array:
+        logits_BKGTS = masked(logits_BKGTS, visible_BTS, bias, softcap)
         # softmax(x) v = (exp(x - max) v) / sum(exp(x - max))
         weights_BKGTS = jnp.exp(logits_BKGTS - jax.lax.stop_gradient(logits_BKGTS.max(-1, keepdims=True)))
         total_BKGT1 = weights_BKGTS.sum(-1, keepdims=True)
         if dropout and key is not None:
             keep = jax.random.bernoulli(key, 1 - dropout, weights_BKGTS.shape)
             weights_BKGTS = jnp.where(keep, weights_BKGTS / (1 - dropout), 0)
-        o_BKGTH = jnp.einsum(
-            "BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32
-        )
-        return (o_BKGTH / total_BKGT1).astype(v_BKSH.dtype)
+        return (gathered(weights_BKGTS, v_BSKH) / total_BKGT1).astype(v_BSKH.dtype)
 
     # Of the [T, S] arrays only the logits are kept for the backward pass.
-    o_BKGTH = recomputed(mix)(logits_BKGTS, v_BKSH)
-    return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return by_token(recomputed(mix)(logits_BKGTS, v_BSKH))
+
+
+HIDDEN = float(jnp.finfo(jnp.float32).min)  # logit of what is not visible
+
+
+def products(
+    q_BTNH: Float[Array, "B T N H"], k_BSKH: Float[Array, "B S K H"], scale: float
+) -> Float[Array, "B K G T S"]:
+    """q k^T * scale in float32, query heads in the groups that share a key head."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    # Heads before tokens, where the CPU's matrix products are twice as fast; TPU and GPU lay it out as they like.
+    q_BKGTH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    return jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BSKH.swapaxes(1, 2), preferred_element_type=jnp.float32)
+
+
+def masked(
+    logits_BKGTS: Float[Array, "B K G T S"],
+    visible_BTS: Bool[Array, "#B T S"],
+    bias_BNTS: Float[Array, "#B N T S"] | None,
+    softcap: float | None,
+) -> Float[Array, "B K G T S"]:
+    if softcap is not None:
+        logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
+    if bias_BNTS is not None:
+        logits_BKGTS += bias_BNTS.reshape(bias_BNTS.shape[0], *logits_BKGTS.shape[1:])
+    return jnp.where(visible_BTS[:, None, None], logits_BKGTS, HIDDEN)
+
+
+def gathered(weights_BKGTS: Float[Array, "B K G T S"], v_BSKH: Float[Array, "B S K H"]) -> Float[Array, "B K G T H"]:
+    """Weighted sums of values, in float32."""
+    return jnp.einsum(
+        "BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH.swapaxes(1, 2),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def by_token(x_BKGTH: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
+    """Tokens before heads, the groups of heads flat."""
+    B, K, G, T, H = x_BKGTH.shape
+    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.core.axes import constrain
 from jaxllm.core.shapes import Array, Float, Key
@@ -57,22 +58,25 @@ class Block(nnx.Module):
             y = self.ffn(constrain(h_BTD, "batch", "seq", "embed"))
             return drop(constrain(y, "batch", "norm_seq", "embed"), self.cfg.dropout.residual, keys[2])
 
+        def between(x_BTD):
+            return checkpoint_name(x_BTD, "residual")
+
         match self.placement.kind:
             case "pre" | "subln":
-                x_BTD = x_BTD + attention(self.norm_attention(x_BTD))
+                x_BTD = between(x_BTD + attention(self.norm_attention(x_BTD)))
                 x_BTD = x_BTD + ffn(self.norm_ffn(x_BTD))
             case "post":
-                x_BTD = self.norm_attention(x_BTD + attention(x_BTD))
+                x_BTD = between(self.norm_attention(x_BTD + attention(x_BTD)))
                 x_BTD = self.norm_ffn(x_BTD + ffn(x_BTD))
             case "sandwich":
-                x_BTD = x_BTD + self.post_attention(attention(self.norm_attention(x_BTD)))
+                x_BTD = between(x_BTD + self.post_attention(attention(self.norm_attention(x_BTD))))
                 x_BTD = x_BTD + self.post_ffn(ffn(self.norm_ffn(x_BTD)))
             case "parallel":
                 h_BTD = self.norm_attention(x_BTD)
                 x_BTD = x_BTD + attention(h_BTD) + ffn(h_BTD if self.placement.norms == 1 else self.norm_ffn(x_BTD))
             case "deepnorm":
                 alpha = jnp.asarray(self.cfg.deepnorm_alpha, x_BTD.dtype)
-                x_BTD = self.norm_attention(alpha * x_BTD + attention(x_BTD))
+                x_BTD = between(self.norm_attention(alpha * x_BTD + attention(x_BTD)))
                 x_BTD = self.norm_ffn(alpha * x_BTD + ffn(x_BTD))
         return constrain(x_BTD, "batch", "norm_seq", "embed")
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.core.axes import constrain
 from jaxllm.core.shapes import Array, Float
@@ -54,10 +55,10 @@ class FFN(nnx.Module):
         bias = self.cfg.bias
         wide, narrow = ("batch", "seq", "mlp"), ("batch", "seq", "embed")
         h_BTF = linear("BTD,DF->BTF", x_BTD, self.w_up[...], narrow, ("embed", "mlp"), wide)
-        h_BTF = h_BTF + self.b_up[...] if bias else h_BTF
+        h_BTF = checkpoint_name(h_BTF + self.b_up[...] if bias else h_BTF, "up")
         if self.cfg.glu:
             gate_BTF = linear("BTD,DF->BTF", x_BTD, self.w_gate[...], narrow, ("embed", "mlp"), wide)
-            gate_BTF = gate_BTF + self.b_gate[...] if bias else gate_BTF
+            gate_BTF = checkpoint_name(gate_BTF + self.b_gate[...] if bias else gate_BTF, "gate")
             h_BTF = recomputed(functools.partial(gated, self.cfg.activation))(gate_BTF, h_BTF)
         else:
             h_BTF = recomputed(functools.partial(activate, self.cfg.activation))(h_BTF)
