@@ -31,6 +31,8 @@ class Placement(Protocol):
         self, equation: str, x: Array, dy: Array, x_axes: Axes, dy_axes: Axes, w_axes: Axes
     ) -> Array: ...
 
+    def table_gradient(self, ids_BT: Array, dx_BTD: Array, size: int, rows: str) -> Array: ...
+
 
 _PLACE: ContextVar[Placement | None] = ContextVar("place", default=None)
 

@@ -1,6 +1,7 @@
 """The decoder: embedding, layers scanned in repeating groups, head; with a cache for generation."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,10 +16,11 @@ from jaxllm.models.config import DecoderConfig
 from jaxllm.models.layers.attention import KV, Tokens
 from jaxllm.models.layers.block import Block, Layer, drop
 from jaxllm.models.layers.init import Weight, std
-from jaxllm.models.layers.linear import linear
+from jaxllm.models.layers.linear import linear, lookup
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import constant, param
 from jaxllm.models.layers.position import rotation, sinusoids
+from jaxllm.models.layout import Places
 from jaxllm.models.remat import Remat, remat
 
 
@@ -49,10 +51,19 @@ class Decoder(nnx.Module):
     """See `DecoderConfig`. Weights of pattern slot s are stacked over groups in `blocks[s]`; the rest is in `tail`.
 
     `scan=False` unrolls the groups, `remat` names what the backward pass computes again: neither changes a weight
-    or a result.
+    or a result. `places` says which group lies where in the stacks, for runs that spread them over stages; such a model
+    computes by `group` alone.
     """
 
-    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs, scan: bool = True, remat: Remat = "none"):
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        scan: bool = True,
+        remat: Remat = "none",
+        places: Places | None = None,
+    ):
         if cfg.vocab is None:
             raise ConfigError("model.vocab is not set; give it, or build the model from prepared data")
         self.cfg, self.scan, self.remat = cfg, scan, remat
@@ -68,7 +79,8 @@ class Decoder(nnx.Module):
         # A layer's weights depend on the seed and its number only, not on how layers are grouped.
         key = rngs.params()
         P, G = len(cfg.blocks), cfg.num_groups
-        self.blocks = nnx.List([stacked(cfg, cfg.blocks[s], key, s + P * jnp.arange(G)) for s in range(P)])
+        groups = jnp.arange(G) if places is None else jnp.array(places)
+        self.blocks = nnx.List([stacked(cfg, cfg.blocks[s], key, s + P * groups) for s in range(P)])
         self.tail = nnx.List(
             [make(cfg, cfg.layer(i), jax.random.fold_in(key, i)) for i in range(P * G, cfg.num_layers)]
         )
@@ -119,7 +131,7 @@ class Decoder(nnx.Module):
         tokens = row_tokens(positions_BT, documents_BT, prefix_BT, index_BT)
         x_BTD = self.embed(tokens_BT, positions_BT, key)
         x_BTD, _ = self.layers(x_BTD, tokens, key)
-        return self._last_norm(x_BTD)
+        return self.final(x_BTD)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """float32 logits of hidden states."""
@@ -156,7 +168,7 @@ class Decoder(nnx.Module):
         tokens = padded_tokens(jnp.arange(T)[None], pad_B, prefix_B)
         x_BTD = self.embed(tokens_BT, tokens.position)
         x_BTD, (blocks, tail) = self.layers(x_BTD, tokens, keep=True)
-        logits_BV = self.logits(self._last_norm(x_BTD[:, -1:]))[:, 0]
+        logits_BV = self.logits(self.final(x_BTD[:, -1:]))[:, 0]
         sizes = [cache_size(b, capacity) for b in self.cfg.blocks]
         cache = Cache(
             blocks=tuple(jax.tree.map(functools.partial(ring, size=n, axis=2), kv) for kv, n in zip(blocks, sizes)),
@@ -170,7 +182,7 @@ class Decoder(nnx.Module):
         now = cache.length
         tokens = padded_tokens(now[None, None], cache.pad_B, cache.prefix_B)
         x_BTD = self.embed(tokens_B[:, None], tokens.position)
-        layer = self._layer(tokens)
+        layer = self.context(tokens)
 
         def write(all_kv: KV, new: KV, group: Int[Array, ""] | None) -> tuple[KV, KV, Tokens]:
             """The stacked cache with `new` in it, this layer's part of it, and where its tokens stand."""
@@ -204,7 +216,7 @@ class Decoder(nnx.Module):
         for block, kv in zip(self.tail, cache.tail, strict=True):
             x_BTD, kv = self._decode_layer(block, x_BTD, layer, lambda new, kv=kv: write(kv, new, None))
             tail.append(kv)
-        logits_BV = self.logits(self._last_norm(x_BTD))[:, 0]
+        logits_BV = self.logits(self.final(x_BTD))[:, 0]
         return logits_BV, cache._replace(blocks=blocks, tail=tuple(tail), length=now + 1)
 
     def embed(
@@ -215,7 +227,7 @@ class Decoder(nnx.Module):
         if cfg.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
         if cfg.position.kind == "learned":
-            x_BTD = x_BTD + lookup(self.positions[...], positions_BT)
+            x_BTD = x_BTD + lookup(self.positions[...], positions_BT, "position")
         elif cfg.position.kind == "sinusoidal":
             x_BTD = x_BTD + sinusoids(cfg.position, positions_BT, cfg.embed).astype(x_BTD.dtype)
         if cfg.embedding_norm:
@@ -228,37 +240,53 @@ class Decoder(nnx.Module):
     ):
         """The residual stream after all layers; with `keep` also each layer's keys and values, as `Cache` has them."""
         cfg, P = self.cfg, len(self.cfg.blocks)
-        layer = self._layer(tokens)
+        context = self.context(tokens)
 
-        def run(block: Block, x_BTD: Array, number: Int[Array, ""]) -> tuple[Array, KV | None]:
+        def group(x_BTD, group_blocks):
+            first, blocks = group_blocks
+            return self.group(blocks, x_BTD, context, first, key, keep=keep, scanned=self.scan and cfg.num_groups > 1)
+
+        firsts = P * jnp.arange(cfg.num_groups)
+        x_BTD, kvs = jax.lax.scan(group, x_BTD, (firsts, tuple(self.blocks)), unroll=1 if self.scan else cfg.num_groups)
+        last = jnp.int32(P * cfg.num_groups)
+        x_BTD, tail = self.group(tuple(self.tail), x_BTD, context, last, key, keep=keep, scanned=False)
+        return x_BTD, (kvs, tail)
+
+    def group(
+        self,
+        blocks: Sequence[Block],
+        x_BTD: Float[Array, "B T D"],
+        context: Layer,
+        first: Int[Array, ""],
+        key: Key[Array, ""] | None = None,
+        see: Callable[[int, KV], tuple[KV, Tokens]] | None = None,
+        *,
+        keep: bool = False,
+        scanned: bool = True,
+    ) -> tuple[Float[Array, "B T D"], tuple[KV | None, ...]]:
+        """The residual stream after these layers, numbered from `first`; with `keep` their keys and values.
+
+        Args:
+          see: (place in the group, keys and values) -> all those to attend to; None: only its own.
+          scanned: runs in a loop, which hides from XLA that the backward pass computes something again.
+        """
+
+        def run(block: Block, x_BTD: Array, s: int) -> tuple[Array, KV | None]:
             kept = []
 
             def remember(new: KV) -> tuple[KV, Tokens]:
                 kept.append(new)
-                return new, tokens
+                return (new, context.tokens) if see is None else see(s, new)
 
-            layer_key = None if key is None else jax.random.fold_in(key, number)
-            x_BTD = block(x_BTD, layer, remember, layer_key)
+            layer_key = None if key is None else jax.random.fold_in(key, first + s)
+            x_BTD = block(x_BTD, context, remember, layer_key)
             return x_BTD, kept[0] if keep else None
 
-        looped = remat(run, self.remat, scanned=self.scan and cfg.num_groups > 1)
-        alone = remat(run, self.remat, scanned=False)
-
-        def group(x_BTD, group_blocks):
-            first, blocks = group_blocks
-            kvs = []
-            for s, block in enumerate(blocks):
-                x_BTD, kv = looped(block, x_BTD, first + s)
-                kvs.append(kv)
-            return x_BTD, tuple(kvs)
-
-        firsts = P * jnp.arange(cfg.num_groups)
-        x_BTD, kvs = jax.lax.scan(group, x_BTD, (firsts, tuple(self.blocks)), unroll=1 if self.scan else cfg.num_groups)
-        tail = []
-        for t, block in enumerate(self.tail):
-            x_BTD, kv = alone(block, x_BTD, jnp.int32(P * cfg.num_groups + t))
-            tail.append(kv)
-        return x_BTD, (kvs, tuple(tail))
+        kvs = []
+        for s, block in enumerate(blocks):
+            x_BTD, kv = remat(functools.partial(run, s=s), self.remat, scanned=scanned)(block, x_BTD)
+            kvs.append(kv)
+        return x_BTD, tuple(kvs)
 
     def check_decodable(self) -> None:
         """Raises ConfigError where a token's representation depends on tokens that are not there yet."""
@@ -269,10 +297,12 @@ class Decoder(nnx.Module):
                     "no next-token generation; use causal, or `some` of causal and prefix"
                 )
 
-    def _last_norm(self, x_BTD):
+    def final(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The residual stream as the head takes it."""
         return self.final_norm(x_BTD) if self.cfg.final_norm else x_BTD
 
-    def _layer(self, tokens: Tokens) -> Layer:
+    def context(self, tokens: Tokens) -> Layer:
+        """What every layer is told of these tokens."""
         cfg = self.cfg
         sizes = {cfg.rotary_dim(b.attention) for b in cfg.blocks} if cfg.position.kind == "rope" else ()
         return Layer(tokens, {n: rotation(cfg.position, tokens.position, n) for n in sizes})
@@ -288,33 +318,19 @@ class Decoder(nnx.Module):
         return block(x_BTD, layer, remember), written[0]
 
 
-@jax.custom_vjp
-def lookup(table_VD: Float[Array, "V D"], ids_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of a table; ids beyond it get the last (padding may hold any position).
-
-    The gradient is summed in float32: in bfloat16 a frequent token's would stop growing after 256 occurrences.
-    """
-    return jnp.take(table_VD, ids_BT, axis=0, mode="clip")
-
-
-def _lookup_backward(kept, grad_BTD):
-    table_VD, ids_BT = kept
-    sums_VD = jnp.zeros(table_VD.shape, jnp.float32).at[ids_BT].add(grad_BTD.astype(jnp.float32), mode="clip")
-    return sums_VD.astype(table_VD.dtype), None
-
-
-lookup.defvjp(lambda table_VD, ids_BT: (lookup(table_VD, ids_BT), (table_VD, ids_BT)), _lookup_backward)
-
-
 def make(cfg: DecoderConfig, block: BlockConfig, key: Key[Array, ""]) -> Block:
     return Block(cfg, block, rngs=nnx.Rngs(params=key))
 
 
 def stacked(cfg: DecoderConfig, block: BlockConfig, key: Key[Array, ""], layers: Int[Array, " G"]) -> Block:
-    """One module whose weights have a leading axis over `layers`."""
+    """One module whose weights have a leading axis over `layers`; zeros for those below 0."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(cfg, block, jax.random.key(0))))
-    weights = jax.vmap(lambda i: nnx.state(make(cfg, block, jax.random.fold_in(key, i)), nnx.Param))(layers)
-    return nnx.merge(graphdef, weights)
+
+    def weights(i: Int[Array, ""]) -> nnx.State:
+        state = nnx.state(make(cfg, block, jax.random.fold_in(key, i)), nnx.Param)
+        return jax.tree.map(lambda w: jnp.where(i < 0, 0, w), state)
+
+    return nnx.merge(graphdef, jax.vmap(weights)(layers))
 
 
 def row_tokens(positions_BT, documents_BT, prefix_BT=None, index_BT=None) -> Tokens:

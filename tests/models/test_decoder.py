@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.models.config import Block, DecoderConfig
-from jaxllm.models.decoder import lookup, row_tokens
+from jaxllm.models.decoder import row_tokens
 from jaxllm.models.layers.attention import attend
 from jaxllm.models.layers.block import Layer, drop
+from jaxllm.models.layers.linear import lookup
 from jaxllm.models.module import abstract, create, merge, split
 from jaxllm.models.remat import Remat
 

@@ -21,7 +21,6 @@ from jaxllm.models.masks import Coords
 from jaxllm.models.remat import recomputed
 from pallas_kernels.attention import splash
 
-
 ROWS = ("batch", "seq")  # logical axes of the tokens of a batch
 
 

@@ -1,4 +1,4 @@
-"""Products with weights, whose gradients leave each device already summed and cut into its share."""
+"""Products with weights and rows of tables, whose gradients leave a device already summed and cut into its share."""
 
 import functools
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core.axes import Axes, Placement, placement
-from jaxllm.core.shapes import Array, Float
+from jaxllm.core.shapes import Array, Float, Int
 
 
 def linear(
@@ -56,8 +56,9 @@ def _linear(product: _Product, x: Array, w: Array) -> Array:
 def _backward(product: _Product, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     (x, w), (of_x, of_w, of_y) = kept, product.letters()
     dy = dy.astype(x.dtype)
-    if product.place.platform == "tpu":
-        # XLA would compute what gives dy again in both products, for every tile of the other side (7B on v5e: -6 %).
+    if product.place.platform == "tpu" and product.dtype is None:
+        # XLA would compute what gives dy again in both products, for every tile of the other side (7B on v5e: -6 %
+        # cycles). Not so for logits: there the second array costs more memory than its computation.
         dy = jax.lax.optimization_barrier(dy)
     dw = product.place.weight_gradient(
         f"{of_x},{of_y}->{of_w}", x, dy, product.x_axes, product.y_axes, product.w_axes
@@ -66,3 +67,30 @@ def _backward(product: _Product, kept: tuple[Array, Array], dy: Array) -> tuple[
 
 
 _linear.defvjp(lambda product, x, w: (product.forward(x, w), (x, w)), _backward)
+
+
+def lookup(
+    table_VD: Float[Array, "V D"], ids_BT: Int[Array, "B T"], rows: str = "vocab"
+) -> Float[Array, "B T D"]:
+    """Rows of a table, `rows` being their logical axis; ids beyond it get the last (padding may hold any position).
+
+    The gradient is summed in float32: in bfloat16 a frequent token's would stop growing after 256 occurrences.
+    """
+    return _lookup(placement(), rows, table_VD, ids_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _lookup(place: Placement | None, rows: str, table_VD: Array, ids_BT: Array) -> Array:
+    return jnp.take(table_VD, ids_BT, axis=0, mode="clip")
+
+
+def _lookup_backward(place: Placement | None, rows: str, kept: tuple[Array, Array], dx_BTD: Array) -> tuple:
+    table_VD, ids_BT = kept
+    if place is not None and place.reduces(("batch", "seq")):
+        sums_VD = place.table_gradient(ids_BT, dx_BTD, table_VD.shape[0], rows)
+    else:
+        sums_VD = jnp.zeros(table_VD.shape, jnp.float32).at[ids_BT].add(dx_BTD.astype(jnp.float32), mode="clip")
+    return sums_VD.astype(table_VD.dtype), None
+
+
+_lookup.defvjp(lambda place, rows, table, ids: (_lookup(place, rows, table, ids), (table, ids)), _lookup_backward)
