@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` set everything up by themselves, in .venv. Needed: python3 (3.11 or newer) and make.
-#   make install | test | quickstart | smoke312 | clean      PYTHON=python3.12 picks the interpreter
+#   make install | test | test-tpu | quickstart | smoke312 | clean      PYTHON=python3.12 picks the interpreter
 #   make test ARGS="-n 2 -m 'not slow'"                      ARGS go to pytest
 
 PYTHON ?= python3
@@ -9,12 +9,16 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PINS := pyproject.toml constraints.txt
 
-.PHONY: install test quickstart smoke312 clean
+.PHONY: install test test-tpu quickstart smoke312 clean
 
 install: $(VENV)/installed
 
 test: $(VENV)/installed-test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -m "not tpu_aot" $(ARGS)
+
+# What needs the TPU compiler, and no TPU: every shipped config compiled for its chips among it.
+test-tpu: $(VENV)/installed-tpu
+	$(PY) -m pytest -m tpu_aot $(ARGS)
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/jaxllm prepare configs/data/quickstart.yaml
@@ -75,4 +79,8 @@ $(VENV)/installed-test: $(VENV)/installed
 			"(PIP_FIND_LINKS may name one; ORACLE=1 takes any)"; \
 	fi; \
 	$(call pip_or_uv,--quiet -e ".[$$extras]")
+	@touch $@
+
+$(VENV)/installed-tpu: $(VENV)/installed-test
+	@$(call pip_or_uv,--quiet -e ".[tpu]")
 	@touch $@

@@ -128,6 +128,29 @@ def _doctor(verb: str, argv: list[str]) -> int:
     return examine(args.config, args.overrides)
 
 
+def _plan(verb: str, argv: list[str]) -> None:
+    parser = _parser(verb, "CONFIG", "a YAML file of a training run")
+    parser.add_argument("--on", metavar="CHIPS", help="topology: v5e-256, v6e-256x2, v5p-128, tpu7x-64, h100-8x4, cpu-4")
+    parser.add_argument("--search", action="store_true", help="find the best mesh, schedule, microbatches, remat, offload")
+    parser.add_argument("--top", type=int, default=3, metavar="K", help="plans of a search that are compiled (3)")
+    parser.add_argument("--formulas", action="store_true", help="do not compile: formulas alone answer, in a second")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that is known to FILE")
+    parser.add_argument("--tokens", type=float, metavar="N", help="tokens to train on (the config's steps)")
+    parser.add_argument("--price", type=float, metavar="P", help="price of a chip and hour")
+    parser.add_argument("--pue", type=float, default=1.1, metavar="P", help="power usage effectiveness (1.1)")
+    parser.add_argument("--grid", type=float, metavar="G", help="grams of CO2e a kWh")
+    parser.add_argument("--watts", type=float, metavar="W", help="power of a chip (what is typical)")
+    args = parser.parse_intermixed_args(argv)
+    if args.config is None:
+        raise UserError(f"no config given; for example: {VERBS[verb][2]}")
+    from jaxllm import verbs
+
+    verbs.plan(
+        args.config, *args.overrides, on=args.on, search=args.search, top=args.top, proof=not args.formulas,
+        file=args.json, tokens=args.tokens, price=args.price, pue=args.pue, grid=args.grid, watts=args.watts,
+    )  # fmt: skip
+
+
 def _bench(verb: str, argv: list[str]) -> None:
     from jaxllm import bench
 
@@ -148,6 +171,7 @@ def _parser(verb: str, config: str, doc: str) -> argparse.ArgumentParser:
 
 VERBS = {
     "prepare": (_config_verb, "documents to packed token shards", "jaxllm prepare configs/data/quickstart.yaml"),
+    "plan": (_plan, "proves and predicts a run on chips, or finds it", "jaxllm plan configs/train/llama2_7b_v5e256.yaml"),
     "train": (_config_verb, "shards to a model", "jaxllm train configs/train/quickstart.yaml steps=500"),
     "generate": (_generate, "a model continues prompts", "jaxllm generate runs/quickstart --prompt 'def '"),
     "report": (_report, "draws the loss curves of a run", "jaxllm report runs/quickstart"),

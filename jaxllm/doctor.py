@@ -1,6 +1,7 @@
 """`jaxllm doctor`: what this machine has for jaxllm, what it lacks, and what to type for it."""
 
 import importlib.metadata
+import os
 import shlex
 import shutil
 import sys
@@ -133,6 +134,7 @@ def machine() -> Iterator[Finding]:
 
     from jaxllm.train.runtime import keep_compiled_programs
 
+    yield from launched()
     if problem := why_no_devices():
         yield problem
         return
@@ -156,6 +158,25 @@ def machine() -> Iterator[Finding]:
         f"{free:.0f} GiB free here",
         "" if free > 5 else "make room: checkpoints need it",
     )
+
+
+def launched() -> Iterator[Finding]:
+    """The other processes that `distributed: auto` would train with, if what launched this one tells of any."""
+    import jax
+
+    from jaxllm.train.config import Auto
+    from jaxllm.train.distributed import Place, find
+
+    try:
+        place = find(Auto(), os.environ, jax.config.jax_platforms)
+    except UserError as e:
+        yield Finding("missing", "processes", str(e))
+        return
+    if isinstance(place, Place):
+        found = f"{place.process} of {place.processes} by {place.told_by}; they meet at {place.coordinator}"
+        yield Finding("good", "processes", found)
+    elif place:
+        yield Finding("good", "processes", f"one of a TPU pod, by {place.told_by}")
 
 
 def why_no_devices() -> Finding | None:

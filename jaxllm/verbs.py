@@ -10,7 +10,7 @@ Each takes a YAML file or a config object, and overrides; what is wrong with the
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.core.config import C, Config, load, parse, read_tree
 from jaxllm.core.errors import ConfigError
@@ -37,6 +37,14 @@ def train(config: str | Path | Config, *overrides: str) -> "jaxllm.train.loop.Re
     from jaxllm.train.loop import train
 
     return train(cfg)
+
+
+def plan(config: str | Path | Config, *overrides: str, file: Path | None = None, **asked: Any) -> dict[str, Any]:
+    """What a training run would take on named chips, printed too; `asked` are fields of `jaxllm.plan.run.Asked`."""
+    cfg = resolve(schema("train"), config, overrides)
+    from jaxllm.plan.run import Asked, plan
+
+    return plan(cfg, Asked(**asked), file)
 
 
 def generate(config: str | Path | Config, *overrides: str) -> "list[jaxllm.inference.generate.Completion]":

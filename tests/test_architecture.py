@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "models": {"core", "pallas_kernels"},
     "inference": {"core", "models", "parallel", "pallas_kernels"},
     "train": {"core", "data", "models", "objectives", "parallel", "inference"},  # inference: rollouts
+    "plan": {"core", "data", "models", "objectives", "parallel", "train"},
     "evaluation": {"core", "data", "models", "inference"},
     "compress": {"core", "data", "models", "objectives", "parallel", "train"},
     "interop": {"core", "data", "models"},

@@ -166,19 +166,18 @@ def batches(
     rows: RandomAccess,
     first: int,
     plan: Callable[[int], tuple[int, int]],
-    host: int = 0,
-    hosts: int = 1,
+    mine: Callable[[int], Sequence[int]] = range,
     prefetch: int = 2,
 ) -> Batches:
     """Endless (k, batch) from global batch `first` on: dicts of arrays `[B, T]`, `bytes` `[B]`.
 
-    `plan(k)` is (first row, number of rows) of global batch k; of these, host h of n takes the h-th of n contiguous
-    parts. An error in reading is raised where the batch is asked for.
+    `plan(k)` is (first row, number of rows) of global batch k; of a batch of n rows, those of `mine(n)` are read, by
+    default all. An error in reading is raised where the batch is asked for.
     """
 
     def read(k: int) -> tuple[int, dict[str, np.ndarray]]:
         start, count = plan(k)
-        mine = [rows[r] for r in range(start + count * host // hosts, start + count * (host + 1) // hosts)]
-        return k, {name: np.stack([row[name] for row in mine]) for name in mine[0]}
+        read = [rows[start + i] for i in mine(count)]
+        return k, {name: np.stack([row[name] for row in read]) for name in read[0]}
 
     return Batches(read, first, prefetch)

@@ -326,7 +326,7 @@ def stacked(cfg: DecoderConfig, block: BlockConfig, key: Key[Array, ""], layers:
     """One module whose weights have a leading axis over `layers`; zeros for those below 0."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(cfg, block, jax.random.key(0))))
 
-    def weights(i: Int[Array, ""]) -> nnx.State:
+    def weights(i: Int[Array, ""]):
         state = nnx.state(make(cfg, block, jax.random.fold_in(key, i)), nnx.Param)
         return jax.tree.map(lambda w: jnp.where(i < 0, 0, w), state)
 

@@ -3,10 +3,12 @@
 A run stacks the layers of slot s of its pattern of P blocks over G groups, so that one scan computes them:
 `blocks.{s}.X[g]` is `layers.{g * P + s}.X`, and the left-over `tail.{t}.X` is `layers.{G * P + t}.X`. Checkpoints and
 other formats know the second, *logical* name only; it does not depend on grouping, mesh or host count. A name may be
-the end of a `/`-path, as those of optimizer state are: `opt/0/mu/blocks.0.ffn.w_up`.
+the end of a `/`-path, as those of optimizer state are: `opt/0/mu/blocks.0.ffn.w_up`. A run whose layers are spread
+over pipeline stages stacks the groups in the order of devices: `places` says so to all functions here.
 """
 
 import functools
+import math
 import re
 from typing import Any
 
@@ -22,6 +24,7 @@ _STACKED = re.compile(r"(?:^|/)((blocks|tail)\.(\d+)\.)")
 _LAYER = re.compile(r"(?:^|/)(layers\.(\d+)\.)")
 
 Leaf = Any  # a jax.Array, a numpy array or a jax.ShapeDtypeStruct
+Places = tuple[int, ...]  # the group of layers at each place of a stack; -1: none, zeros that stay zero
 
 
 def logical_names(name: str, cfg: DecoderConfig) -> tuple[str, ...]:
@@ -47,15 +50,15 @@ def stacked_name(logical: str, cfg: DecoderConfig) -> str:
     return logical[: match.start(1)] + place + logical[match.end(1) :]
 
 
-def unstack(params: dict[str, Leaf], cfg: DecoderConfig) -> dict[str, Leaf]:
+def unstack(params: dict[str, Leaf], cfg: DecoderConfig, places: Places | None = None) -> dict[str, Leaf]:
     """One leaf per layer and part. Shapes may stand for arrays; shardings lose the axis of the layers.
 
     A leaf of `blocks.…` without a leading axis of groups (Adafactor's place-holders) belongs to each of its layers.
     """
-    return {name: part for key, leaf in params.items() for name, part in split(key, leaf, cfg).items()}
+    return {name: part for key, leaf in params.items() for name, part in split(key, leaf, cfg, places).items()}
 
 
-def stack(logical: dict[str, Leaf], cfg: DecoderConfig) -> dict[str, Leaf]:
+def stack(logical: dict[str, Leaf], cfg: DecoderConfig, places: Places | None = None) -> dict[str, Leaf]:
     """The leaves of a run with `cfg`: the inverse of `unstack`, for numpy and JAX arrays and shapes.
 
     Raises:
@@ -71,33 +74,53 @@ def stack(logical: dict[str, Leaf], cfg: DecoderConfig) -> dict[str, Leaf]:
             raise CheckpointError(
                 f"layers that repeat must be alike: {', '.join(f'{n} is {p.shape}' for n, p in zip(names, parts))}"
             )
-        stacked[key] = _stack(parts) if _is_block(key) else parts[0]
+        stacked[key] = _stack(_placed(parts, places)) if _is_block(key) else parts[0]
     return stacked
 
 
-def split(key: str, leaf: Leaf, cfg: DecoderConfig) -> dict[str, Leaf]:
+def split(key: str, leaf: Leaf, cfg: DecoderConfig, places: Places | None = None) -> dict[str, Leaf]:
     """The logical leaves of one leaf of a run, by name."""
     names = logical_names(key, cfg)
-    return dict(zip(names, _unstack(leaf) if has_layers(key, leaf.shape, cfg) else [leaf] * len(names), strict=True))
+    if not has_layers(key, leaf.shape, cfg, places):
+        return dict.fromkeys(names, leaf)
+    parts = _unstack(leaf)
+    at = range(len(parts)) if places is None else [places.index(g) for g in range(cfg.num_groups)]
+    return dict(zip(names, (parts[i] for i in at), strict=True))
 
 
-def join(parts: list[jax.Array], like: jax.ShapeDtypeStruct, stacked: bool) -> jax.Array:
+def join(
+    parts: list[jax.Array], like: jax.ShapeDtypeStruct, stacked: bool, places: Places | None = None
+) -> jax.Array:
     """One leaf of a run, in the sharding of `like`, from its logical leaves in order."""
     if not stacked:
         return parts[0].reshape(like.shape)
-    return _stacker(like.shape, like.sharding)(*parts)
+    return _stacker(like.shape, like.sharding, places)(*parts)
 
 
-def has_layers(key: str, shape: tuple[int, ...], cfg: DecoderConfig) -> bool:
+def has_layers(key: str, shape: tuple[int, ...], cfg: DecoderConfig, places: Places | None = None) -> bool:
     """Whether a leaf of a run has the layers of its slot as its leading axis."""
-    return _is_block(key) and shape[:1] == (cfg.num_groups,)
+    return _is_block(key) and shape[:1] == (cfg.num_groups if places is None else len(places),)
 
 
-def layer_sharding(sharding: Sharding | None) -> Sharding | None:
-    """The sharding of one layer of a stacked array."""
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
-    return sharding
+def layer_sharding(sharding: Sharding | None, shape: tuple[int, ...] = ()) -> Sharding | None:
+    """The sharding of one layer of a stacked array.
+
+    Given the shape of that array: mesh axes that share out layers share out a dimension of the layer that divides.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    over, *dims = (_axes(d) for d in (sharding.spec or (None,)))
+    dims += [()] * (len(shape) - 1 - len(dims))
+    for i, size in enumerate(shape[1:]):
+        if over and size % math.prod(sharding.mesh.shape[a] for a in (*dims[i], *over)) == 0:
+            dims[i] = (*dims[i], *over)
+            break
+    spec = PartitionSpec(*(d or None for d in dims))
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+
+def _axes(mesh_axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes or ())
 
 
 def _is_block(key: str) -> bool:
@@ -107,12 +130,21 @@ def _is_block(key: str) -> bool:
 
 def _unstack(leaf: Leaf) -> list[Leaf]:
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=layer_sharding(leaf.sharding))] * leaf.shape[
-            0
-        ]
+        sharding = layer_sharding(leaf.sharding, leaf.shape)
+        return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)] * leaf.shape[0]
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-        return list(_unstacker(leaf.shape[0], layer_sharding(leaf.sharding))(leaf))
+        return list(_unstacker(leaf.shape[0], layer_sharding(leaf.sharding, leaf.shape))(leaf))
     return list(leaf)
+
+
+def _placed(parts: list[Leaf], places: Places | None) -> list[Leaf]:
+    """The layers of a slot where the stack has them."""
+    if places is None:
+        return parts
+    if isinstance(parts[0], jax.ShapeDtypeStruct):
+        return [parts[0]] * len(places)
+    zeros_like = np.zeros_like if isinstance(parts[0], np.ndarray) else jnp.zeros_like
+    return [zeros_like(parts[0]) if g < 0 else parts[g] for g in places]
 
 
 def _stack(parts: list[Leaf]) -> Leaf:
@@ -127,5 +159,5 @@ def _unstacker(groups: int, sharding: Sharding | None):
 
 
 @functools.cache
-def _stacker(shape: tuple[int, ...], sharding: Sharding | None):
-    return jax.jit(lambda *parts: jnp.stack(parts).reshape(shape), out_shardings=sharding)
+def _stacker(shape: tuple[int, ...], sharding: Sharding | None, places: Places | None):
+    return jax.jit(lambda *parts: jnp.stack(_placed(list(parts), places)).reshape(shape), out_shardings=sharding)

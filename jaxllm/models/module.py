@@ -1,11 +1,14 @@
 """Models as values: a static definition and a flat dict of named arrays."""
 
+from collections.abc import Mapping
+
 import jax
 from flax import nnx
 
 from jaxllm.core.shapes import Array, Key
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.decoder import Decoder
+from jaxllm.models.layout import Places
 from jaxllm.models.remat import Remat
 
 Params = dict[str, Array]
@@ -18,22 +21,22 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     return graphdef, {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(state)}
 
 
-def merge(graphdef: nnx.GraphDef, params: Params) -> Decoder:
-    """The model of these weights; inverse of `split`."""
+def merge(graphdef: nnx.GraphDef, params: Mapping[str, Array | jax.ShapeDtypeStruct]) -> Decoder:
+    """The model of these weights; inverse of `split`. Shapes do for weights that will not be looked at."""
     flat = [(tuple(int(p) if p.isdigit() else p for p in name.split(".")), nnx.Param(v)) for name, v in params.items()]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def create(cfg: DecoderConfig, key: Key[Array, ""]) -> Params:
+def create(cfg: DecoderConfig, key: Key[Array, ""], places: Places | None = None) -> Params:
     """Freshly initialised float32 weights; pure, to be jitted with `out_shardings`."""
-    return split(Decoder(cfg, rngs=nnx.Rngs(params=key)))[1]
+    return split(Decoder(cfg, rngs=nnx.Rngs(params=key), places=places))[1]
 
 
 def abstract(
-    cfg: DecoderConfig, *, scan: bool = True, remat: Remat = "none"
+    cfg: DecoderConfig, *, scan: bool = True, remat: Remat = "none", places: Places | None = None
 ) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct], Axes]:
     """Definition, shapes (as ShapeDtypeStruct) and logical axes of the weights, without making any."""
-    model = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(params=0), scan=scan, remat=remat))
+    model = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(params=0), scan=scan, remat=remat, places=places))
     graphdef, state, _ = nnx.split(model, nnx.Param, ...)
     shapes, axes = {}, {}
     for path, variable in nnx.to_flat_state(state):

@@ -69,6 +69,7 @@ class Rules(Config):
     position: MeshAxes = None  # rows of a learned position table
     layers: MeshAxes = None  # stacked layers
     experts: MeshAxes = None  # experts of a mixture
+    replicas: MeshAxes = "data"  # copies of the weights or gradients that differ (`outer`, `compression`)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -149,7 +150,7 @@ class Ring(Config):
 class Ulysses(Config):
     """All-to-all: whole rows of a share of the heads during attention (Jacobs et al. 2023, arXiv:2309.14509).
 
-    Heads and key-value heads must divide by context x tensor.
+    Heads must divide by context x tensor; key-value heads that do not are sent more than once.
     """
 
     kind: Literal["ulysses"] = "ulysses"
@@ -195,6 +196,7 @@ class Pipeline(Config):
 
     schedule: union(GPipe, OneForwardOneBackward, Interleaved, ZeroBubble) = OneForwardOneBackward()  # who computes when
     stages: tuple[int, ...] | None = None  # layer groups of each stage in order of use; null: as even as can be
+    recompute: bool = True  # keep a stage's input alone until its backward pass; false: what `remat` keeps of each layer
 
     @property
     def chunks(self) -> int:

@@ -30,13 +30,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from jaxllm.core.config import Config, parse
 from jaxllm.core.errors import CheckpointError
 from jaxllm.models import layout
 from jaxllm.models.config import DecoderConfig, Model
+from jaxllm.train import distributed
 from jaxllm.train.config import Checkpoints
 
 FORMAT = 1  # of the folder described above
@@ -50,7 +50,7 @@ class Checkpointer:
 
     Every process of a run makes one and calls it alike. `extra_files` go into each checkpoint: name -> a file or
     folder to copy, or the text itself. Leftovers of a save that was killed are removed. A context manager: leaving it
-    waits for the save under way.
+    waits for the save under way. `places` says where the run's stacks have which layers.
     """
 
     def __init__(
@@ -60,20 +60,25 @@ class Checkpointer:
         model_cfg: DecoderConfig,
         *,
         extra_files: dict[str, Path | str] | None = None,
+        places: layout.Places | None = None,
     ):
-        self.folder, self.cfg, self.model_cfg, self.extra_files = folder, cfg, model_cfg, extra_files or {}
+        self.folder, self.cfg, self.model_cfg, self.places = folder, cfg, model_cfg, places
+        self.extra_files = extra_files or {}
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
-        if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in [*folder.glob("*.saving"), *folder.glob("*.deleted")]:
-                shutil.rmtree(path)
+        distributed.from_first(self._clear)
+
+    def _clear(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in [*self.folder.glob("*.saving"), *self.folder.glob("*.deleted")]:
+            shutil.rmtree(path)
 
     def __enter__(self) -> "Checkpointer":  # noqa: PYI034 (beartype checks functions one by one and refuses Self)
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exc: object) -> None:
+        # An error may be this process's alone: the others would not come to agree on the save.
+        self.close(agree=kind is None)
 
     def save(self, step: int, state: Any, meta: dict[str, Any], loss: float | None = None) -> None:
         """Saves a TrainState (or any tree with `params`); replaces a checkpoint of the same step.
@@ -99,11 +104,15 @@ class Checkpointer:
         }
         texts = {"meta.json": json.dumps(record, indent=1)}  # now: the caller may change `meta` next
         saving = self.folder / f"{step:08d}.saving"
-        with self._failure_named(step):
-            if jax.process_index() == 0:
+
+        def make_folder() -> None:
+            with self._failure_named(step):
                 shutil.rmtree(saving, ignore_errors=True)
                 saving.mkdir()
-            leaves = _logical_on_host(state, self.model_cfg)
+
+        distributed.from_first(make_folder)
+        with self._failure_named(step):
+            leaves = _logical_on_host(state, self.model_cfg, self.places)
             rows = [f"{json.dumps(n)}: {json.dumps([str(x.dtype), x.shape])}" for n, x in leaves.items()]
             texts["arrays.json"] = "{\n" + ",\n".join(rows) + "\n}\n"
             trees = {item: ocp.args.PyTreeSave(tree) for item, tree in _items(leaves).items()}
@@ -113,16 +122,17 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the save under way is complete. Raises CheckpointError if it could not be written."""
+        """Returns when the save under way is complete. Raises CheckpointError if a process could not write its part."""
         if self._pending:
             pending, self._pending = self._pending, None
-            pending.result()
-            if jax.process_count() > 1:  # the first host alone has seen the rename
-                multihost_utils.sync_global_devices("checkpoint")
+            distributed.together(pending.result)  # the first process alone has seen the rename
 
-    def close(self) -> None:
+    def close(self, agree: bool = True) -> None:
         try:
-            self.wait()
+            if agree:
+                self.wait()
+            elif self._pending:
+                self._pending.result()
         finally:
             self._thread.shutdown()
             if "_writer" in vars(self):
@@ -206,19 +216,26 @@ class Weights(NamedTuple):
     folder: Path  # of the checkpoint; its `tokenizer/` is there
 
 
-def restore(folder: Path, like: Any, model_cfg: DecoderConfig, warn: Callable[[str], None] = _warn) -> Restored:
+def restore(
+    folder: Path,
+    like: Any,
+    model_cfg: DecoderConfig,
+    warn: Callable[[str], None] = _warn,
+    places: layout.Places | None = None,
+) -> Restored:
     """The newest usable state in a run, its `checkpoints/`, or one checkpoint folder.
 
-    Each leaf is read straight into the sharding it has in `like` (ShapeDtypeStructs; without one: the first device).
+    Each leaf is read straight into the sharding it has in `like` (ShapeDtypeStructs; without one: the first device),
+    its layers where `places` has them.
     A checkpoint that is damaged or does not fit `like` is named to `warn`, and the one before it is tried.
 
     Raises:
       CheckpointError: none is usable (each is listed with its reason), or the newest was written by a newer jaxllm.
     """
     targets = {name: _placed(leaf) for name, leaf in _named_leaves(like).items()}
-    wanted = layout.unstack(targets, model_cfg)
+    wanted = layout.unstack(targets, model_cfg, places)
     path, record, _ = _newest(folder, ("params", "state"), lambda record, stored: _misfit(stored, wanted), warn)
-    leaves = _read(path, targets, wanted, model_cfg)
+    leaves = _read(path, targets, wanted, model_cfg, places)
     return Restored(jax.tree.unflatten(jax.tree.structure(like), leaves.values()), record["meta"], record["step"])
 
 
@@ -228,6 +245,7 @@ def load_params(
     like: dict[str, jax.ShapeDtypeStruct] | None = None,
     dtype: Any = None,
     warn: Callable[[str], None] = _warn,
+    places: layout.Places | None = None,
 ) -> Weights:
     """The weights alone, of the newest usable checkpoint of a run or of one checkpoint folder.
 
@@ -235,13 +253,14 @@ def load_params(
       model_cfg: groups the layers; None: the config in the checkpoint.
       like: shapes, dtypes and shardings to read into; None: those stored, on the first device.
       dtype: of floating-point weights; None: that of `like`.
+      places: of layers in the stacks of `like`.
     Raises:
       CheckpointError: as `restore`.
     """
 
     def plan(record: dict, stored: dict[str, jax.ShapeDtypeStruct]):
         cfg = model_cfg or parse(_Record, {"model": record["model"]}, name=f"{folder}: meta.json").model
-        targets = like or layout.stack({n.removeprefix("params/"): x for n, x in stored.items()}, cfg)
+        targets = like or layout.stack({n.removeprefix("params/"): x for n, x in stored.items()}, cfg, places)
         return cfg, {f"params/{n}": _placed(x, dtype) for n, x in targets.items()}
 
     def misfit(record: dict, stored: dict[str, jax.ShapeDtypeStruct]) -> str | None:
@@ -249,11 +268,11 @@ def load_params(
             cfg, targets = plan(record, stored)
         except CheckpointError as e:
             return str(e)
-        return _misfit(stored, layout.unstack(targets, cfg), dtypes=False)
+        return _misfit(stored, layout.unstack(targets, cfg, places), dtypes=False)
 
     path, record, stored = _newest(folder, ("params",), misfit, warn)
     cfg, targets = plan(record, stored)
-    leaves = _read(path, targets, layout.unstack(targets, cfg), cfg)
+    leaves = _read(path, targets, layout.unstack(targets, cfg, places), cfg, places)
     return Weights({n.removeprefix("params/"): x for n, x in leaves.items()}, cfg, record["meta"], path)
 
 
@@ -281,11 +300,10 @@ def _newest(
 ) -> tuple[Path, dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
     """Path, record and stored leaves of the newest checkpoint whose `items` are whole and fit."""
     problems = []
-    for path in _checkpoints(folder):
-        problem = _damage(path, items)
-        if not _all_hosts(problem is None):
-            problem = problem or "damaged, another host finds"
-        else:
+    found = distributed.from_first(lambda: [str(path) for path in _checkpoints(folder)])
+    for path in map(Path, found):
+        problem = next(filter(None, distributed.gather(_damage(path, items))), None)
+        if problem is None:
             record = json.loads((path / "meta.json").read_bytes())
             if record["format"] > FORMAT:
                 raise CheckpointError(
@@ -322,7 +340,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _damage(path: Path, items: tuple[str, ...]) -> str | None:
-    """What is wrong with the files of a checkpoint that hold `items`, each host reading its share; None: nothing."""
+    """What is wrong with the files of a checkpoint that hold `items`, each process reading a share; None: nothing."""
     try:
         listed = json.loads((path / _CHECKSUMS).read_bytes())["files"]
     except FileNotFoundError:
@@ -379,27 +397,31 @@ def _misfit(
 
 
 def _read(
-    path: Path, targets: dict[str, jax.ShapeDtypeStruct], wanted: dict[str, jax.ShapeDtypeStruct], cfg: DecoderConfig
+    path: Path,
+    targets: dict[str, jax.ShapeDtypeStruct],
+    wanted: dict[str, jax.ShapeDtypeStruct],
+    cfg: DecoderConfig,
+    places: layout.Places | None,
 ) -> dict[str, jax.Array]:
     """`targets` filled from a checkpoint whose logical leaves are `wanted`."""
     import orbax.checkpoint as ocp
 
     logical: dict[str, jax.Array] = {}
     for item, tree in _items(wanted).items():
-        places = {n: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype) for n, x in tree.items()}
+        how = {n: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype) for n, x in tree.items()}
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            arrays = reader.restore(path.absolute() / "arrays" / item, args=ocp.args.PyTreeRestore(restore_args=places))
+            arrays = reader.restore(path.absolute() / "arrays" / item, args=ocp.args.PyTreeRestore(restore_args=how))
         logical |= {f"params/{n}" if item == "params" else n: x for n, x in arrays.items()}
         del arrays  # else it keeps what is taken out below
     leaves = {}
     for name, target in targets.items():
         # Taken out as they are used: beyond the state, the devices hold one stacked leaf twice.
         parts = [logical.pop(n) for n in layout.logical_names(name, cfg)]
-        leaves[name] = layout.join(parts, target, layout.has_layers(name, target.shape, cfg))
+        leaves[name] = layout.join(parts, target, layout.has_layers(name, target.shape, cfg, places), places)
     return leaves
 
 
-def _logical_on_host(state: Any, cfg: DecoderConfig) -> dict[str, Any]:
+def _logical_on_host(state: Any, cfg: DecoderConfig, places: layout.Places | None) -> dict[str, Any]:
     """Copies of the state's logical leaves in host memory, each shard on its own host.
 
     With one process each leaf is copied whole and once, however many devices hold it. With several, one leaf at a time
@@ -408,11 +430,11 @@ def _logical_on_host(state: Any, cfg: DecoderConfig) -> dict[str, Any]:
     copies: dict[str, Any] = {}
     for name, leaf in _named_leaves(state).items():
         if leaf.is_fully_addressable:  # a copy: on CPU the array itself may share memory with what is donated next
-            copies |= layout.split(name, np.array(leaf), cfg)
+            copies |= layout.split(name, np.array(leaf), cfg, places)
             continue
-        parts = layout.split(name, leaf, cfg)
-        places = {n: x.sharding.with_memory_kind("pinned_host") for n, x in parts.items()}
-        copies |= jax.block_until_ready(jax.device_put(parts, places))
+        parts = layout.split(name, leaf, cfg, places)
+        where = {n: x.sharding.with_memory_kind("pinned_host") for n, x in parts.items()}
+        copies |= jax.block_until_ready(jax.device_put(parts, where))
     return copies
 
 
@@ -459,7 +481,3 @@ def _write(path: Path, text: str) -> None:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
-
-
-def _all_hosts(fact: bool) -> bool:
-    return bool(np.all(multihost_utils.process_allgather(np.array(fact)))) if jax.process_count() > 1 else fact

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config, union
+from jaxllm.core.errors import ConfigError
 from jaxllm.core.metrics import Metrics
 from jaxllm.data.config import DataConfig
 from jaxllm.models.config import Model, Remat
@@ -144,6 +145,62 @@ class Float16(Config):
 Precision = union(Float32, BFloat16, Float16)
 
 
+# --- several processes ---------------------------------------------------------------------------------------------
+
+
+class _Processes(Config):
+    start_timeout: int = Field(300, gt=0)  # seconds to wait for all processes to come
+    heartbeat_timeout: int = Field(100, ge=5)  # seconds without a sign of life after which a process has died: all end
+
+
+class Auto(_Processes):
+    """By what launched the process: JAX_COORDINATOR_ADDRESS and kin, OpenMPI, Slurm, a TPU pod; else it is alone."""
+
+    kind: Literal["auto"] = "auto"
+
+
+class TPUPod(_Processes):
+    """A TPU pod, or several slices: JAX reads the rest from the pod's metadata."""
+
+    kind: Literal["tpu"] = "tpu"
+
+
+class Slurm(_Processes):
+    """Tasks of srun."""
+
+    kind: Literal["slurm"] = "slurm"
+
+
+class OpenMPI(_Processes):
+    """Processes of mpirun."""
+
+    kind: Literal["openmpi"] = "openmpi"
+
+
+class Address(_Processes):
+    """Processes started by hand, each with its own `process_id`."""
+
+    kind: Literal["address"] = "address"
+    coordinator: str = Field(pattern=r"^.+:\d{1,5}$")  # host:port, where process 0 listens
+    num_processes: int = Field(gt=0)  # all in all
+    process_id: int = Field(ge=0)  # of this one, from 0
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self):
+        if self.process_id >= self.num_processes:
+            raise ValueError(f"process_id={self.process_id} must be below num_processes={self.num_processes}")
+        return self
+
+
+class Alone(Config):
+    """One process, whatever launched it."""
+
+    kind: Literal["none"] = "none"
+
+
+Distributed = union(Auto, TPUPod, Slurm, OpenMPI, Address, Alone)
+
+
 # --- the rest of a run ---------------------------------------------------------------------------------------------
 
 
@@ -217,6 +274,7 @@ class RunConfig(Config):
     offload: Offload = Offload()  # what waits in host memory
     outer: Outer | None = None  # replicas (mesh axis data) that meet now and then only; null: at every step
     compression: Compression | None = None  # of the gradients that are summed over mesh axis data; null: none
+    distributed: Distributed = Auto()  # processes that train together
     topology: str | None = None  # chips it is meant for, as `jaxllm plan --on` names them: v5p-256, h100-8x4
     evaluation: Evaluation = Evaluation()  # on held-out rows
     checkpoints: Checkpoints = Checkpoints()  # saving
@@ -238,6 +296,60 @@ class RunConfig(Config):
             if self.ramp.start > self.batch:
                 raise ValueError(f"ramp.start={self.ramp.start} is above batch={self.batch}")
         return self
+
+    @model_validator(mode="after")
+    def _parts_go_together(self):
+        if reasons := self.unsupported():
+            raise ValueError("; ".join(reasons))
+        return self
+
+    def unsupported(self) -> list[str]:
+        """Why the parts that the run is put together from cannot work together; empty: they can."""
+        found, dropout = self.not_pipelined(self.mesh.pipe), self.model.dropout.attention
+        if dropout and self.mesh.context != 1:
+            found.append(
+                f"model.dropout.attention={dropout} with mesh.context={self.mesh.context}: no device has a whole row of "
+                "attention probabilities to draw from; set model.dropout.attention to 0 or mesh.context to 1"
+            )
+        return found
+
+    def not_pipelined(self, devices: int) -> list[str]:
+        """Why the run cannot go through a pipeline of so many devices; one (or -1, for unknown) is no pipeline."""
+        if devices < 2:
+            return []
+        found, model, mesh, slices = [], self.model, f"mesh.pipe={devices}", getattr(self.pipeline.schedule, "slices", 1)
+        if self.accumulate < devices:
+            found.append(
+                f"{mesh} needs as many microbatches, to keep all stages busy: accumulate={self.accumulate}; set accumulate "
+                f"to {devices} or more (4 x {devices} idles for a fifth of the time)"
+            )
+        if tail := model.num_layers % len(model.blocks):
+            found.append(
+                f"{mesh} with {model.num_layers} layers in a pattern of {len(model.blocks)}: {tail} would be left over; make "
+                "model.num_layers a multiple of the pattern"
+            )
+        try:
+            self.pipeline.groups(devices, model.num_groups)
+        except ConfigError as e:
+            found.append(str(e))
+        if self.remat == "offload":
+            found.append(f"{mesh} with remat=offload: a stage keeps its input alone; set remat to save_attention")
+        if slices > 1 and not all(block.attention.mask.causal for block in model.blocks):
+            found.append("pipeline.schedule.slices: a token sees later ones under a mask that is not causal; set slices to 1")
+        if slices > 1 and any(model.dropout.model_dump().values()):
+            found.append("pipeline.schedule.slices: dropout is drawn for whole rows; set slices to 1 or model.dropout to 0")
+        if slices > 1 and self.mesh.context != 1:
+            found.append("pipeline.schedule.slices and mesh.context both cut rows; set one of them to 1")
+        if slices > 1 and not self.pipeline.recompute:
+            found.append("pipeline.schedule.slices keep their inputs alone; set pipeline.recompute to true")
+        for name in ("parameters", "gradients", "optimizer", "activations"):
+            rules = getattr(self.sharding, name)
+            for field in type(rules).model_fields:
+                axes = getattr(rules, field)
+                here = axes == "pipe" if isinstance(axes, str) else "pipe" in (axes or ())
+                if here != (field == "layers") and not (field == "layers" and name == "activations"):
+                    found.append(f"{mesh} is for layers and nothing else: sharding.{name}.{field}={axes}")
+        return found
 
     def ramp_sizes(self) -> tuple[int, ...]:
         """The batch sizes of the ramp, in order, the full batch last."""

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxllm.models.module import Params
-from jaxllm.train.step import Setup, place_batch
+from jaxllm.train.step import Setup, local_rows, place_batch
 
 
 def evaluate(
@@ -20,16 +20,15 @@ def evaluate(
     says so on the way.
     """
     size = setup.cfg.batch // setup.cfg.accumulate
-    host, hosts = jax.process_index(), jax.process_count()
+    mine = local_rows(setup, size)
     nothing = {k: np.zeros_like(v) for k, v in rows[0].items()}
     totals: dict[str, np.ndarray] = {}
     for first in range(0, len(rows), size):
         if stopped():
             return None
-        mine = range(first + size * host // hosts, first + size * (host + 1) // hosts)
-        part = [rows[i] if i < len(rows) else nothing for i in mine]
+        part = [rows[first + i] if first + i < len(rows) else nothing for i in mine]
         batch = {k: np.stack([row[k] for row in part]) for k in nothing}
-        sums = jax.device_get(eval_step(params, place_batch(setup, batch)))
+        sums = jax.device_get(eval_step(params, place_batch(setup, batch, size)))
         for name, pair in sums.items():
             totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
     mean = {name: float(s / w) if w else math.nan for name, (s, w) in totals.items()}

@@ -1,5 +1,6 @@
 """The training loop: batches in, checkpoints and metrics out; killed or moved, it goes on where it was."""
 
+import functools
 import signal
 import threading
 import time
@@ -20,11 +21,11 @@ from jaxllm.models.count import flops_per_token
 from jaxllm.models.module import Params, abstract
 from jaxllm.models.resize import resize_vocabulary
 from jaxllm.parallel.sharding import placed, shardings
-from jaxllm.train import runtime
+from jaxllm.train import distributed, runtime
 from jaxllm.train.checkpoint import Checkpointer, load_params, restore, steps, stored_model
 from jaxllm.train.config import RunConfig
 from jaxllm.train.evaluate import evaluate
-from jaxllm.train.run_folder import open_run
+from jaxllm.train.run_folder import check_alike, open_run
 from jaxllm.train.stability import SpikeDetector
 from jaxllm.train.step import (
     Setup,
@@ -32,6 +33,7 @@ from jaxllm.train.step import (
     abstract_batch,
     check_batches,
     init_state,
+    local_rows,
     make_eval_step,
     make_train_step,
     place_batch,
@@ -73,22 +75,35 @@ class Spike(Exception):
 def train(cfg: RunConfig) -> Result:
     """Trains, or goes on with the run that `cfg.out` holds, to `cfg.steps`.
 
+    Several processes (`cfg.distributed`) call it alike. What is refused by one is refused by all.
+
     Raises:
       UserError: config, data, devices or checkpoints do not fit; before anything is written where that can be known.
     """
-    runtime.start(compile_cache=cfg.compile_cache)
+    runtime.start(cfg.distributed, compile_cache=cfg.compile_cache)
+    cfg, setup, rows = distributed.together(lambda: ready(cfg))
+    prepared = rows.prepared
+    check_alike(cfg, prepared.hash)
+    with open_run(cfg, prepared.hash) as (folder, changed):
+        result = Loop(cfg, setup, rows, folder, changed).run()
+    distributed.gather(None)  # nobody leaves while another still writes: JAX would take him for dead
+    return result
+
+
+def ready(cfg: RunConfig) -> tuple[RunConfig, Setup, Rows]:
+    """The config fitted to its data, program and rows; raises UserError for what is wrong with a run not yet opened."""
     prepared = open_prepared(cfg.data.path)
     if cfg.data.verify:
         prepared.verify()
     cfg = fit_to_data(cfg, prepared)
-    check_extras(cfg.metrics)
+    if distributed.first():
+        check_extras(cfg.metrics)
     setup = set_up(cfg)
     check_batches(setup, prepared.length)
     rows = Rows(prepared, cfg.seed, cfg.data.weights or None)
     if cfg.initial and not steps(Path(cfg.out)):
         check_initial(cfg)
-    with open_run(cfg, prepared.hash) as (folder, changed):
-        return Loop(cfg, setup, rows, folder, changed).run()
+    return cfg, setup, rows
 
 
 def fit_to_data(cfg: RunConfig, prepared: Prepared) -> RunConfig:
@@ -132,11 +147,11 @@ def initial_weights(setup: Setup) -> Params:
     cfg, where = setup.cfg, jax.tree.map(lambda x: x.sharding, setup.state.params)
     stored = stored_model(Path(cfg.initial))
     if stored.vocab == cfg.model.vocab:
-        return load_params(Path(cfg.initial), stored, like=setup.state.params).params
+        return load_params(Path(cfg.initial), stored, like=setup.state.params, places=setup.places).params
     rules = cfg.sharding.parameters.model_copy(update={"vocab": None})  # the old size may not divide
-    _, shapes, axes = abstract(stored)
+    _, shapes, axes = abstract(stored, places=setup.places)
     like = placed(shapes, shardings(setup.mesh, rules, axes, shapes))
-    params = load_params(Path(cfg.initial), stored, like=like).params
+    params = load_params(Path(cfg.initial), stored, like=like, places=setup.places).params
     return jax.jit(lambda p: resize_vocabulary(p, stored, cfg.model.vocab)[0], out_shardings=where)(params)
 
 
@@ -161,6 +176,7 @@ class Loop:
         self.meter = Meter(len(devices), flops_per_token(cfg.model, self.length).train, peak)
         self.speed: dict[str, float] = {}
         self.stop: str | None = None
+        self.sent = 0  # steps given to the devices by this call, those of rewinds again
         self.saved = -1  # step of the newest checkpoint of this call
         self.tracing = False
 
@@ -171,15 +187,14 @@ class Loop:
             self.checkpoints = stack.enter_context(
                 Checkpointer(self.folder / "checkpoints", cfg.checkpoints, cfg.model, extra_files={
                     "config.yaml": self.folder / "config.yaml", "tokenizer": self.prepared.path / "tokenizer",
-                })
+                }, places=self.setup.places)
             )  # fmt: skip
             state, step = self.start()
-            truncate_after(self.folder / "metrics.jsonl", step)
-            self.sinks: Sinks = stack.enter_context(open_sinks(cfg.metrics, self.folder, self.folder.name, cfg.steps))
+            self.sinks = stack.enter_context(distributed.together(lambda: self.open_metrics(step)))
             for name, message in self.notes:
                 self.sinks.event(name, message, step=step)
             stack.callback(self.stop_trace)
-            if cfg.stability.spike_zscore is not None and not self.checkpoints.steps():
+            if cfg.stability.spike_zscore is not None and not distributed.from_first(self.checkpoints.steps):
                 self.save(state, step)  # what a spike before the first checkpoint goes back to
             if step >= cfg.steps:
                 self.sinks.event("finished", f"nothing left to do: {step} of {cfg.steps} steps are done", step=step)
@@ -192,11 +207,17 @@ class Loop:
                 state, step = self.rewind(spike)
         return Result(self.folder, step, self.last_evaluation, self.stop)
 
+    def open_metrics(self, step: int) -> Sinks:
+        """Sinks of the first process, metrics.jsonl cut back to `step`; the others have none."""
+        if distributed.first():
+            truncate_after(self.folder / "metrics.jsonl", step)
+        return open_sinks(self.cfg.metrics, self.folder, self.folder.name, self.cfg.steps)
+
     # --- start, resume, rewind ---
 
     def start(self) -> tuple[TrainState, int]:
         """The state to go on from: the newest good checkpoint, or a fresh one."""
-        if self.checkpoints.steps():
+        if distributed.from_first(self.checkpoints.steps):
             state, step = self.restore()
             self.notes.append(("resume", f"resumed at step {step} from {self.folder / 'checkpoints'}"))
             return state, step
@@ -208,7 +229,7 @@ class Loop:
     def restore(self) -> tuple[TrainState, int]:
         state, meta, step = restore(
             self.folder / "checkpoints", self.setup.state, self.cfg.model,
-            warn=lambda message: self.notes.append(("damaged", message)),
+            warn=lambda message: self.notes.append(("damaged", message)), places=self.setup.places,
         )  # fmt: skip
         self.progress = Progress(**meta["progress"])
         self.detector.restore(self.progress.detector)
@@ -240,8 +261,8 @@ class Loop:
     def segment(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         """Trains until the end, a signal or a spike (raised)."""
         cfg, setup = self.cfg, self.setup
-        hosts = jax.process_index(), jax.process_count()
-        feed = batches(self.rows, self.progress.batch, cfg.batch_rows, *hosts, cfg.data.prefetch)
+        mine = functools.cache(functools.partial(local_rows, setup))
+        feed = batches(self.rows, self.progress.batch, cfg.batch_rows, mine, cfg.data.prefetch)
         pending: deque[tuple[int, int, Any, float]] = deque()
         with closing(feed):
             while step < cfg.steps and not self.stop:
@@ -249,9 +270,13 @@ class Loop:
                 k, batch = next(feed)
                 waited = feed.waited - waited
                 self.trace(step + 1)
-                program = self.program(cfg.batch_rows(k)[1])
-                state, sums = program(state, place_batch(setup, batch))
+                rows = cfg.batch_rows(k)[1]
+                program = self.program(rows)
+                state, sums = program(state, place_batch(setup, batch, rows))
                 step += 1
+                self.sent += 1
+                if distributed.told_to_stop(self.sent):
+                    self.stop = signal.SIGTERM.name
                 pending.append((step, k, sums, waited))
                 due = self.due(step)
                 # One step of lag keeps the device busy while the host looks at numbers.
@@ -360,7 +385,7 @@ class Loop:
     def trace(self, step: int) -> None:
         """Starts and ends the profile of the steps that the config names; `step` is the one about to run."""
         window = self.cfg.profile
-        inside = window is not None and window.start <= step < window.start + window.steps
+        inside = distributed.first() and window is not None and window.start <= step < window.start + window.steps
         if inside and not self.tracing:
             jax.profiler.start_trace(str(self.folder / "profile"))
             self.tracing = True
@@ -374,8 +399,9 @@ class Loop:
 
     @contextmanager
     def stopping_on_signals(self) -> Iterator[None]:
-        """SIGTERM ends the run after the step in progress, with a checkpoint."""
-        if threading.current_thread() is not threading.main_thread():
+        """SIGTERM ends the run after the step in progress, with a checkpoint; several processes after the same step."""
+        if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+            # of several processes `told_to_stop` says it, by JAX's own handler
             yield
             return
 

@@ -3,18 +3,21 @@
 import fcntl
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import jax
 
 from jaxllm.core import config
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.machine import describe_machine, git_revision, versions
+from jaxllm.train import distributed
 from jaxllm.train.config import RunConfig
 
 # What may change when a run continues: where it computes, what it reports, how long it goes on. Of these `steps` moves
 # the end of schedules, `accumulate` the draws of dropout, `stability` what is skipped: the loop logs what changed.
-FREE = ("out", "steps", "accumulate", "mesh", "sharding", "remat", "scan", "evaluation", "checkpoints", "stability",
-        "metrics", "profile", "compile_cache", "initial")  # fmt: skip
+FREE = ("out", "steps", "accumulate", "mesh", "sharding", "pipeline", "remat", "scan", "evaluation", "checkpoints", "stability",
+        "metrics", "profile", "compile_cache", "initial", "distributed")  # fmt: skip
 FREE_DATA = ("path", "prefetch", "verify")  # the manifest's hash says whether it is the same data
 
 
@@ -22,9 +25,20 @@ FREE_DATA = ("path", "prefetch", "verify")  # the manifest's hash says whether i
 def open_run(cfg: RunConfig, manifest_hash: str) -> Iterator[tuple[Path, list[str]]]:
     """The run's folder, locked, and what has changed in its config: made if it is new, checked if the run is to go on.
 
+    Of several processes the first does all that; what it finds, or is refused, holds for all.
+
     Raises:
-      ConfigError: the folder holds another run, or one that is being trained by another process.
+      ConfigError: the folder holds another run, one that is being trained already, or is not the same on all hosts.
     """
+    with ExitStack() as stack:
+        changed = distributed.from_first(lambda: stack.enter_context(_opened(cfg, manifest_hash)))
+        folder = Path(cfg.out)
+        distributed.check_shared(folder / "run.json")
+        yield folder, changed
+
+
+@contextmanager
+def _opened(cfg: RunConfig, manifest_hash: str) -> Iterator[list[str]]:
     folder = Path(cfg.out)
     written, changed = folder / "config.yaml", []
     if folder.exists() and not folder.is_dir():
@@ -50,7 +64,27 @@ def open_run(cfg: RunConfig, manifest_hash: str) -> Iterator[tuple[Path, list[st
         }  # fmt: skip
         _replace(written, config.dump(cfg))
         _replace(folder / "run.json", json.dumps(made_with, indent=1) + "\n")
-        yield folder, changed
+        yield changed
+
+
+def check_alike(cfg: RunConfig, manifest_hash: str) -> None:
+    """Raises ConfigError on all processes if one was started with another config, data or JAX than the first."""
+    mine = cfg.model_dump(mode="json", exclude={"distributed"}) | {
+        "prepared data": manifest_hash[:12],
+        "version of": {name: number for name, number in versions().items() if name.startswith("jax")},
+    }
+    theirs = distributed.from_first(lambda: mine)
+
+    def compare() -> None:
+        differ = [f"{path}: {_short(a)} there, {_short(b)} here" for path, a, b in _differences(theirs, mine)]
+        if differ:
+            lines = "\n  ".join(differ)
+            raise ConfigError(
+                f"process {jax.process_index()} is not what process 0 is; start all with the same, or each as a run of "
+                f"its own with distributed.kind=none:\n  {lines}"
+            )
+
+    distributed.together(compare)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -8,14 +8,22 @@ from pathlib import Path
 import jax
 
 from jaxllm.core.machine import keep_freed_memory
+from jaxllm.train.config import Distributed
+from jaxllm.train.distributed import join
 
 
-def start(*, compile_cache: bool) -> None:
-    """Settles compilation cache and memory of this process; changes no result."""
+def start(distributed: Distributed | None = None, *, compile_cache: bool) -> None:
+    """Settles compilation cache and memory of this process, and joins it to others if asked; changes no result.
+
+    Raises:
+      ConfigError: the processes that `distributed` tells of cannot be joined.
+    """
     if compile_cache:
         keep_compiled_programs()
     if only_cpu():
         keep_freed_memory()
+    if distributed:
+        join(distributed)
 
 
 def keep_compiled_programs() -> None:

@@ -6,15 +6,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from jaxllm.core.axes import placed_by
-from jaxllm.core.shapes import Array, Int, Key, PyTree
-from jaxllm.models.module import Params, abstract, create, merge
+from jaxllm.core.shapes import Array, Bool, Float, Int, Key, PyTree
+from jaxllm.models.layout import Places
+from jaxllm.models.module import Axes, Params, abstract, create, merge
 from jaxllm.objectives.next_token import Loss, next_token
-from jaxllm.parallel.sharding import batch_shardings, make_mesh, placed, placement, sharding, shardings
-from jaxllm.train import optimizers
+from jaxllm.parallel.collectives import share_count
+from jaxllm.parallel.config import Context, Ring
+from jaxllm.parallel.context import zigzag
+from jaxllm.parallel.sharding import Placed, batch_shardings, make_mesh, placed, placement, sharding, shardings
+from jaxllm.train import compressed, offload, optimizers, outer, pipelined, replicas
 from jaxllm.train.config import RunConfig
 from jaxllm.train.precision import LossScale, Policy, adjust, init_scale, policy
 from jaxllm.train.schedules import learning_rate
@@ -43,6 +48,9 @@ class Setup(NamedTuple):
     gradients: dict[str, jax.sharding.NamedSharding]
     policy: Policy
     objective: Objective
+    axes: Axes  # logical axes of the weights
+    opt_axes: PyTree  # and of the optimizer's state
+    places: Places | None  # the layer group at each place of the stacks; None: one after another
 
 
 def set_up(cfg: RunConfig, devices: list[jax.Device] | None = None) -> Setup:
@@ -52,22 +60,34 @@ def set_up(cfg: RunConfig, devices: list[jax.Device] | None = None) -> Setup:
       ConfigError: mesh, sharding, schedule or model do not fit together or not the devices.
     """
     mesh = make_mesh(cfg.mesh, devices)
-    graphdef, shapes, axes = abstract(cfg.model, scan=cfg.scan, remat=cfg.remat)
+    cfg = cfg.model_copy(update={"context": balanced(cfg, mesh)})
+    places = pipelined.places(cfg, mesh.shape["pipe"])
+    graphdef, shapes, axes = abstract(cfg.model, scan=cfg.scan, remat=cfg.remat, places=places)
     schedule = learning_rate(cfg.schedule, cfg.optimizer.learning_rate, cfg.steps)
     tx = optimizers.build(cfg.optimizer, schedule, axes)
     opt = jax.eval_shape(tx.init, shapes)
     scale = jax.eval_shape(lambda: init_scale(cfg.precision))
     s, replicated = cfg.sharding, sharding(mesh, cfg.sharding.parameters, ())
+    opt_axes = optimizers.state_axes(opt, shapes, axes)
     where = TrainState(
         step=replicated,
         params=shardings(mesh, s.parameters, axes, shapes),
-        opt=shardings(mesh, s.optimizer, optimizers.state_axes(opt, shapes, axes), opt),
+        opt=shardings(mesh, s.optimizer, opt_axes, opt),
         scale=jax.tree.map(lambda _: replicated, scale),
     )
+    params_at, opt_at = offload.places(cfg.offload, where.params, where.opt, opt_axes)
+    where = where._replace(params=params_at, opt=opt_at)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, opt, scale)
+    if cfg.outer is not None:
+        state = jax.eval_shape(lambda s: outer.start(cfg.outer, s, axes, opt_axes, mesh.shape["data"]), state)
+        where = outer.places(mesh, s, state, axes, opt_axes)
+    if cfg.compression is not None:
+        residual = jax.eval_shape(lambda p: compressed.start(p, axes, mesh.shape["data"]), shapes)
+        state = state._replace(opt=compressed.Fed(opt, residual))
+        where = where._replace(opt=compressed.Fed(where.opt, compressed.places(mesh, s.gradients, residual, axes)))
     return Setup(
         cfg, graphdef, mesh, tx, schedule, placed(state, where), shardings(mesh, s.gradients, axes, shapes),
-        policy(cfg.precision), functools.partial(next_token, cfg.objective),
+        policy(cfg.precision), functools.partial(next_token, cfg.objective), axes, opt_axes, places,
     )  # fmt: skip
 
 
@@ -78,9 +98,16 @@ def init_state(setup: Setup, params: Params | None = None) -> TrainState:
       params: weights to start from, in place of fresh ones; donated.
     """
 
+    cfg, count = setup.cfg, setup.mesh.shape["data"]
+
     def make(key, params):
-        params = create(setup.cfg.model, key) if params is None else params
-        return TrainState(jnp.int32(0), params, setup.tx.init(params), init_scale(setup.cfg.precision))
+        params = create(cfg.model, key, setup.places) if params is None else params
+        state = TrainState(jnp.int32(0), params, setup.tx.init(params), init_scale(cfg.precision))
+        if cfg.outer is not None:
+            state = outer.start(cfg.outer, state, setup.axes, setup.opt_axes, count)
+        if cfg.compression is not None:
+            state = state._replace(opt=compressed.Fed(state.opt, compressed.start(params, setup.axes, count)))
+        return state
 
     where = jax.tree.map(lambda x: x.sharding, setup.state)
     return jax.jit(make, out_shardings=where, donate_argnums=1)(jax.random.key(setup.cfg.seed), params)
@@ -93,36 +120,93 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
     parameters and optimizer as they were.
     """
     cfg = setup.cfg
-    dropout = any(cfg.model.dropout.model_dump().values())
+    step = functools.partial(train_step, setup)
+    if cfg.outer is not None:
+        alone = functools.partial(train_step, within_replica(setup))
+        step = outer.make_step(cfg.outer, cfg.steps, alone, setup.state, setup.axes, setup.opt_axes)
     where = jax.tree.map(lambda x: x.sharding, setup.state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if dropout else None
-        with placed_by(placement(setup.mesh, cfg.sharding.activations, cfg.sharding.gradients, cfg.context)):
-            grads, weight, sums = gradients(setup, state, batch, key)
-        # Gradients are of sums over tokens: one division by the weight of the whole batch makes the mean exact
-        # whatever the microbatches weigh.
-        per = 1 / jnp.maximum(weight, 1) / (1 if state.scale is None else state.scale.scale)
-        grads = jax.tree.map(lambda g: g * per, grads)
-        norm = optax.tree.norm(grads)
-        if cfg.clip is not None:  # Pascanu et al. 2012, arXiv:1211.5063
-            shrink = jnp.minimum(1, cfg.clip / jnp.maximum(norm, 1e-12))
-            grads = jax.tree.map(lambda g: g * shrink, grads)
-        updates, opt = setup.tx.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"][0])
-        if skips(cfg):
-            params, opt = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old), (params, opt), (state.params, state.opt)
-            )
-        scale = None if state.scale is None else adjust(cfg.precision, state.scale, finite)
-        one = jnp.float32(1)
-        sums |= {"grad_norm": (jnp.where(finite, norm, 0), finite * one), "nonfinite": (one - finite, one)}
-        if scale is not None:
-            sums |= {"loss_scale": (scale.scale, one)}
-        return TrainState(state.step + 1, params, opt, scale), sums
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(where, None))
+def train_step(
+    setup: Setup, state: TrainState, batch: Batch, replica: Int[Array, ""] | None = None
+) -> tuple[TrainState, Sums]:
+    """One step; `replica` is its number where several train apart."""
+    cfg = setup.cfg
+    dropout = any(cfg.model.dropout.model_dump().values())
+    key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if dropout else None
+    if dropout and replica is not None:
+        key = jax.random.fold_in(key, replica)
+    light = state._replace(params=weights(setup, state.params))
+    opt, compute = state.opt, functools.partial(gradients, setup, light)
+    if cfg.compression is not None:
+        opt, residual = state.opt
+        compute = functools.partial(gradients, within_replica(setup), light)
+        compute = compressed.by_replica(compute, setup.axes, setup.mesh.shape["data"])
+    grads, weight, sums = compute(batch, key)
+    # Gradients are of sums over tokens: one division by the weight of the whole batch makes the mean exact
+    # whatever the microbatches weigh.
+    per = 1 / jnp.where(weight > 0, weight, 1) / (1 if state.scale is None else state.scale.scale)
+    if cfg.compression is not None:
+        where = jax.tree.map(lambda x: x.sharding, setup.state.opt.residual)
+        grads, left = compressed.exchange(
+            cfg.compression, setup.mesh, where, setup.gradients, setup.axes, times(per, grads), residual
+        )
+        per = jnp.float32(1)
+    norm = optax.tree.norm(times(per, grads))
+    if cfg.clip is not None:  # Pascanu et al. 2012, arXiv:1211.5063
+        per *= jnp.minimum(1, cfg.clip / jnp.maximum(norm, 1e-12))
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"][0])
+    wanted = finite if skips(cfg) else True
+    params, opt = updated(setup, grads, per, state.params, opt, wanted)
+    if cfg.compression is not None:
+        opt = compressed.Fed(opt, chosen(wanted, left, residual))
+    scale = None if state.scale is None else adjust(cfg.precision, state.scale, finite)
+    one = jnp.float32(1)
+    sums |= {"grad_norm": (jnp.where(finite, norm, 0), finite * one), "nonfinite": (one - finite, one)}
+    if scale is not None:
+        sums |= {"loss_scale": (scale.scale, one)}
+    return TrainState(state.step + 1, params, opt, scale), sums
+
+
+def updated(
+    setup: Setup, grads: Params, per: Float[Array, ""], params: Params, opt: PyTree, wanted: Bool[Array, ""] | bool
+) -> tuple[Params, PyTree]:
+    """Weights and optimizer state after `per` times the gradients, or as they were if they are not `wanted`."""
+    cfg = setup.cfg
+    if cfg.offload.optimizer or cfg.offload.parameters:
+        build = functools.partial(optimizers.build, cfg.optimizer, setup.schedule)
+        opt_at = setup.state.opt.opt if cfg.compression is not None else setup.state.opt
+        where = jax.tree.map(lambda x: x.sharding, (setup.state.params, opt_at))
+        return offload.update(build, setup.axes, where, grads, per, params, opt, wanted)
+    updates, then = setup.tx.update(times(per, grads), opt, params)
+    return chosen(wanted, (optax.apply_updates(params, updates), then), (params, opt))
+
+
+def times(factor: Float[Array, ""], grads: Params) -> Params:
+    """In float32."""
+    return jax.tree.map(lambda g: g.astype(jnp.float32) * factor, grads)
+
+
+def chosen(wanted: Bool[Array, ""] | bool, new: PyTree, old: PyTree) -> PyTree:
+    return new if wanted is True else jax.tree.map(lambda a, b: jnp.where(wanted, a, b), new, old)
+
+
+def weights(setup: Setup, params: Params) -> Params:
+    """What the model computes with; of a run that offloads, on the device and in the type of compute.
+
+    So are then the gradients, of which the whole lies there at once: the update makes them float32 group by group.
+    """
+    if setup.cfg.offload.parameters:
+        where = {name: x.sharding for name, x in setup.state.params.items()}
+        return offload.copies(params, setup.policy.cast, where)
+    return setup.policy.cast(params) if setup.cfg.offload.optimizer else params
+
+
+def within_replica(setup: Setup) -> Setup:
+    """The run of one replica, over the mesh axes beside `data`."""
+    update = {"sharding": replicas.within(setup.cfg.sharding), "outer": None, "compression": None}
+    return setup._replace(cfg=setup.cfg.model_copy(update=update))
 
 
 def skips(cfg: RunConfig) -> bool:
@@ -131,29 +215,32 @@ def skips(cfg: RunConfig) -> bool:
 
 
 def gradients(setup: Setup, state: TrainState, batch: Batch, key: Key[Array, ""] | None) -> tuple[Params, Array, Sums]:
-    """Gradients of the summed loss (times the loss scale), the batch's weight, and the metric sums.
+    """Gradients of the summed loss (times the loss scale) and the batch's weight, both in a unit of their own, and the
+    metric sums.
 
-    The batch is cut into `accumulate` microbatches, each of which has its share of every device's rows.
+    Gradients are float32 where they are sums over microbatches, else of the type of the weights. The batch is cut into `accumulate` microbatches, each of which has its share of every device's rows.
     """
     cfg = setup.cfg
+    if setup.places is not None:
+        with placed_by(place(setup)):
+            return pipelined.gradients(setup, state, batch, key)
     scale = 1.0 if state.scale is None else state.scale.scale
 
     def one(params: Params, batch: Batch, key: Key[Array, ""] | None):
         # Summing 10^5 tokens' gradients would leave float16's range: backpropagate the mean over the places of the
-        # microbatch (a constant), and undo it in float32.
+        # microbatch (a constant), and weigh it so.
         places = batch["weights"].size
 
         def scaled_loss(params):
             loss = setup.objective(merge(setup.graphdef, setup.policy.cast(params)), batch, key)
             return loss.total * (scale / places), loss
 
-        grads, loss = jax.grad(scaled_loss, has_aux=True)(params)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32) * places, grads)
-        return jax.lax.with_sharding_constraint(grads, setup.gradients), loss
+        with placed_by(place(setup)):
+            grads, loss = jax.grad(scaled_loss, has_aux=True)(params)
+        return jax.lax.with_sharding_constraint(grads, setup.gradients), loss.weight / places, dict(loss.metrics)
 
     if cfg.accumulate == 1:
-        grads, loss = one(state.params, batch, key)
-        return grads, loss.weight, dict(loss.metrics)
+        return one(state.params, batch, key)
 
     n = cfg.accumulate
     micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1), batch)
@@ -164,39 +251,92 @@ def gradients(setup: Setup, state: TrainState, batch: Batch, key: Key[Array, ""]
         return jax.tree.map(jnp.add, total, new), None
 
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
+        lambda x: jnp.zeros(x.shape, jnp.float32),
         jax.eval_shape(one, state.params, jax.tree.map(lambda x: x[0], micro), key),
     )
-    zeros = (jax.lax.with_sharding_constraint(zeros[0], setup.gradients), zeros[1])
-    (grads, loss), _ = jax.lax.scan(add, zeros, (jnp.arange(n), micro))
-    return grads, loss.weight, dict(loss.metrics)
+    zeros = (jax.lax.with_sharding_constraint(zeros[0], setup.gradients), *zeros[1:])
+    return jax.lax.scan(add, zeros, (jnp.arange(n), micro))[0]
+
+
+def place(setup: Setup) -> Placed:
+    """What the run makes of its models' logical axes."""
+    rules = setup.cfg.sharding
+    return placement(setup.mesh, rules.activations, rules.gradients, setup.cfg.context)
 
 
 def make_eval_step(setup: Setup) -> Callable[[Params, Batch], Sums]:
     """jitted (params, batch) -> metric sums, with `bits_per_byte` = (nats / ln 2, bytes of text)."""
 
     def eval_step(params: Params, batch: Batch) -> Sums:
-        with placed_by(placement(setup.mesh, setup.cfg.sharding.activations, setup.cfg.sharding.gradients, setup.cfg.context)):
-            loss = setup.objective(merge(setup.graphdef, setup.policy.cast(params)), batch, None)
-        nats, _ = loss.metrics["xent"]
-        return loss.metrics | {"bits_per_byte": (nats / jnp.log(2.0), jnp.sum(batch["bytes"]).astype(jnp.float32))}
+        with placed_by(place(setup)):
+            if setup.places is not None:
+                metrics = pipelined.metric_sums(setup, weights(setup, params), batch)
+            else:
+                metrics = setup.objective(
+                    merge(setup.graphdef, setup.policy.cast(weights(setup, params))), batch, None
+                ).metrics
+        nats, _ = metrics["xent"]
+        return metrics | {"bits_per_byte": (nats / jnp.log(2.0), jnp.sum(batch["bytes"]).astype(jnp.float32))}
 
     return jax.jit(eval_step)
 
 
-def place_batch(setup: Setup, batch: dict[str, Any]) -> Batch:
-    """A host's rows of a batch as global arrays on the mesh."""
-    hosts = jax.process_count()
-    shapes = {k: jax.ShapeDtypeStruct((x.shape[0] * hosts, *x.shape[1:]), x.dtype) for k, x in batch.items()}
+def balanced(cfg: RunConfig, mesh: jax.sharding.Mesh) -> Context:
+    """`cfg.context`, balanced only where there is something to balance: rows are shared out, every layer is causal."""
+    if not isinstance(cfg.context, Ring) or not cfg.context.balanced:
+        return cfg.context
+    causal = all(block.attention.mask.causal for block in cfg.model.blocks)
+    return Ring(balanced=causal and share_count(mesh, cfg.sharding.activations.seq) > 1)
+
+
+def order(setup: Setup, length: int) -> Int[np.ndarray, " T"] | None:
+    """Order in which devices hold the tokens of a row; None: as they come."""
+    context = setup.cfg.context
+    if not isinstance(context, Ring) or not context.balanced:
+        return None
+    return zigzag(length, share_count(setup.mesh, setup.cfg.sharding.activations.seq))
+
+
+def local_rows(setup: Setup, rows: int) -> list[int]:
+    """The rows, of a batch of so many, that lie on devices of this process; others may hold them too."""
+    one = {"row": jax.ShapeDtypeStruct((rows,), jnp.int32)}
+    where = batch_shardings(setup.mesh, setup.cfg.sharding.activations, one)["row"]
+    held = where.addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (part,) in held for row in range(*part.indices(rows))})
+
+
+def place_batch(setup: Setup, batch: dict[str, Any], rows: int | None = None) -> Batch:
+    """A batch as global arrays on the mesh, tokens in the order that `order` says.
+
+    Where that is not their own, `index` has the place of each in its row.
+
+    Args:
+      batch: the `local_rows` of a batch of `rows`; None: all its rows.
+    """
+    here, length = batch["tokens"].shape
+    moved = order(setup, length)
+    if moved is not None:
+        batch = {k: x[:, moved] if x.ndim == 2 else x for k, x in batch.items()}
+        batch |= {"index": np.broadcast_to(moved, (here, length))}
+    rows = here if rows is None else rows
+    place = {row: i for i, row in enumerate(range(rows) if here == rows else local_rows(setup, rows))}
+    shapes = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for k, x in batch.items()}
     where = batch_shardings(setup.mesh, setup.cfg.sharding.activations, shapes)
-    return {k: jax.make_array_from_process_local_data(where[k], x, shapes[k].shape) for k, x in batch.items()}
+
+    def share(x: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(rows)
+        return x[(slice(place[start], place[start] + stop - start), *index[1:])]
+
+    return {
+        k: jax.make_array_from_callback(shapes[k].shape, where[k], functools.partial(share, x))
+        for k, x in batch.items()
+    }
 
 
 def abstract_batch(setup: Setup, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of a batch of `rows` rows."""
-    shapes = {
-        k: jax.ShapeDtypeStruct((rows, length), jnp.int32) for k in ("tokens", "targets", "positions", "documents")
-    }
+    whole = ["tokens", "targets", "positions", "documents"] + ["index"] * (order(setup, length) is not None)
+    shapes = {k: jax.ShapeDtypeStruct((rows, length), jnp.int32) for k in whole}
     shapes |= {
         "weights": jax.ShapeDtypeStruct((rows, length), jnp.float32),
         "bytes": jax.ShapeDtypeStruct((rows,), jnp.int32),

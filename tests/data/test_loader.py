@@ -96,19 +96,24 @@ def test_a_batch_has_the_shapes_and_types_of_the_convention(prepared):
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == expected
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_hosts_take_disjoint_rows_that_are_the_batch(hosts, prepared):
-    rows = Rows(prepared, 1)
-    streams = [batches(rows, 0, plan, host, hosts) for host in range(hosts)]
+@pytest.mark.parametrize("mine", [range, lambda n: range(n // 2), lambda n: [0, 3, n - 1]], ids=["all", "half", "some"])
+def test_of_a_batch_the_rows_asked_for_are_read_and_no_others(mine, prepared):
+    rows, read = Rows(prepared, 1), []
+
+    class Noted:
+        def __getitem__(self, r):
+            read.append(r)
+            return rows[r]
+
+    stream, wanted = batches(Noted(), 0, plan, mine), []
     for k in range(7):
-        parts = [next(stream)[1] for stream in streams]
+        batch = next(stream)[1]
         start, count = plan(k)
-        assert {len(p["bytes"]) for p in parts} == {count // hosts}
-        whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        for i in range(count):
-            assert_same({name: array[i] for name, array in whole.items()}, rows[start + i])
-    for stream in streams:
-        stream.close()
+        wanted += [start + i for i in mine(count)]
+        for i, r in enumerate(wanted[-len(batch["bytes"]) :]):
+            assert_same({name: array[i] for name, array in batch.items()}, rows[r])
+    stream.close()
+    assert set(wanted) <= set(read) and {r for r in read if r < sum(plan(6))} == set(wanted)
 
 
 @pytest.mark.parametrize("task", ["few", "many"])

@@ -1,0 +1,332 @@
+"""The proof half of a plan: the real training step, compiled for chips that nobody has to own, and what it will do."""
+
+import dataclasses
+import hashlib
+import math
+import re
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm.models.config import Attention, DecoderConfig
+from jaxllm.models.count import flops_per_token, visible_pairs, vocabulary
+from jaxllm.models.masks import Coords
+from jaxllm.parallel.flags import compiler_options
+from jaxllm.plan.account import Account, Cost, Kernel, Layout, account
+from jaxllm.plan.chips import GIB, Chip
+from jaxllm.plan.hlo import parse
+from jaxllm.plan.topology import Topology, devices
+from jaxllm.train.config import RunConfig
+from jaxllm.train.step import abstract_batch, make_train_step, set_up
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What the compiler says of one training step. Bytes, FLOPs and cycles are those of one JAX device and one step.
+
+    Nothing in here is predicted or measured, except `cycles`, which are the compiler's estimate.
+    """
+
+    on: Topology
+    mesh: dict[str, int]  # devices by axis
+    rows: int  # of a batch, over all devices
+    length: int  # tokens of a row
+    fits: bool
+    why: str  # it does not fit; empty where it does
+    hbm_bytes: int  # that a program may use
+    peak_bytes: int  # at the fullest moment; where it does not fit, what the compiler says it would take
+    parameter_bytes: int  # in HBM between steps, by dtype and sharding
+    optimizer_bytes: int  # the same
+    batch_bytes: int  # the same
+    temporary_bytes: int  # in HBM during a step: activations, gradients, gathered weights, what fragments leave free
+    argument_bytes: int  # parameters, optimizer state and batch as the compiler lays them out, padding included
+    host_bytes: int  # of state, in pinned memory of the host
+    model_flops: float  # that the model asks for, only those pairs of tokens that see each other counted
+    model_flops_square: float  # the same with all pairs counted, as PaLM does
+    hardware_flops: float  # of matrix products that the program does, kernels included; 0 where the text is not known
+    account: Account | None  # of the program's text; None where there is none
+    most: Account | None  # the same where devices go different ways (pipeline stages): for one that does most
+    lower_s: float  # seconds on the clock from config to lowered program
+    compile_s: float  # CPU seconds of the compiler, all threads
+    compile_wall_s: float  # seconds on the clock
+    rss_bytes: int  # peak memory of this process
+    text_sha256: str  # of the program's text, empty where there is none
+    options: dict[str, Any]  # that the compiler was given
+    notes: tuple[str, ...]  # what could not be told
+
+    @property
+    def headroom(self) -> int:
+        """Bytes left at the peak; negative where it does not fit."""
+        return self.hbm_bytes - self.peak_bytes
+
+    @property
+    def tokens(self) -> float:
+        """Of a step, a device's share."""
+        return self.rows * self.length / self.on.devices
+
+    @property
+    def ratio(self) -> float:
+        """Hardware FLOPs for each that the model asks for; 0 where the text is not known."""
+        return self.hardware_flops / self.model_flops
+
+    def record(self) -> dict[str, Any]:
+        """As JSON takes it. Where a chip is several devices, `chip` has what sums over them."""
+        a = self.account
+        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _APART}
+        record = named | {
+            "on": self.on.name, "topology": str(self.on), "chips": self.on.chips, "devices": self.on.devices,
+            "devices_per_chip": self.on.chip.devices, "headroom": self.headroom, "ratio": self.ratio,
+            "notes": list(self.notes),
+            "collective_bytes": a.collective_bytes if a else None,
+            "collective_bytes_by_axes": _by_axes(a) if a else None,
+            "overlapped": a.overlapped if a else None,
+            "cycles": a.cycles if a else None,
+            "cycles_most": self.most.cycles if self.most else None,
+            "traffic_bytes": a.traffic if a else None,
+            "kernels": [_kernel_record(k) for k in a.kernels] if a else None,
+            "collectives": [c._asdict() | {"axes": list(c.axes)} for c in a.collectives] if a else None,
+        }  # fmt: skip
+        if self.on.chip.devices > 1:
+            record["chip"] = {k: record[k] * self.on.chip.devices for k in _SUMS}
+        return record
+
+
+_APART = ("on", "account", "most", "notes")
+_SUMS = (
+    "hbm_bytes", "peak_bytes", "parameter_bytes", "optimizer_bytes", "batch_bytes", "temporary_bytes", "host_bytes",
+    "model_flops", "model_flops_square", "hardware_flops", "headroom",
+)  # fmt: skip
+
+
+def _by_axes(a: Account) -> dict[str, dict[str, float]]:
+    nested: dict[str, dict[str, float]] = {}
+    for (kind, axes), size in a.collective_bytes_by_axes.items():
+        nested.setdefault(kind, {})[" x ".join(axes) or "none"] = size
+    return nested
+
+
+def _kernel_record(k: Kernel) -> dict[str, Any]:
+    shown = {
+        side: [f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in arrays]
+        for side, arrays in (("operands", k.operands), ("results", k.results))
+    }
+    return {"name": k.name, "count": k.count, "cycles": k.cycles, **shown}
+
+
+def prove(
+    cfg: RunConfig, on: Topology, *, rows_length: int | None = None, options: Mapping[str, Any] | None = None
+) -> Proof:
+    """Compiles the training step of `cfg` for a topology. No array is made, no data are read, no chip is needed.
+
+    Args:
+      rows_length: tokens of a row; default: the model's context.
+      options: for the compiler, over those of `parallel.flags`.
+
+    Raises:
+      ConfigError: the config does not go with the topology, or `model.vocab` is not set.
+      UserError: the compiler for the topology is not installed.
+    """
+    vocabulary(cfg.model)
+    length = rows_length or cfg.model.context
+    chips = devices(on)
+    started = time.perf_counter()
+    setup = set_up(cfg, chips)
+    batch = abstract_batch(setup, cfg.batch, length)
+    lowered = make_train_step(setup).lower(setup.state, batch)
+    lower_s = time.perf_counter() - started
+    options = compiler_options(chips[0]) | dict(options or {})
+
+    cpu, clock = time.process_time(), time.perf_counter()
+    compiled, used, why, notes = _compile(lowered, options)
+    compile_s, compile_wall_s = time.process_time() - cpu, time.perf_counter() - clock
+
+    state = {name: _held(tree) for name, tree in (("params", setup.state.params), ("opt", setup.state.opt))}
+    held = {
+        "parameter_bytes": state["params"][0], "optimizer_bytes": state["opt"][0], "batch_bytes": _held(batch)[0],
+        "host_bytes": state["params"][1] + state["opt"][1],
+    }  # fmt: skip
+    hbm = on.chip.device_hbm
+    if compiled is None:
+        kept = held["parameter_bytes"] + held["optimizer_bytes"] + held["batch_bytes"]
+        asked = _asked(why)
+        memory = {"peak_bytes": asked, "temporary_bytes": max(0, asked - kept), "argument_bytes": kept}
+    else:
+        memory = _memory(compiled, on.chip.platform)
+        if memory["peak_bytes"] > hbm:
+            why = f"takes {memory['peak_bytes'] / GIB:.2f} of {hbm / GIB:.2f} GiB"
+
+    found = most = None
+    text = ""
+    if compiled is not None:
+        text, said = _text(compiled)
+        notes += said
+    if text:
+        found, most, said = _accounts(text, setup.mesh, cfg, on.chip, length)
+        notes += said
+    tokens = cfg.batch * length / on.devices
+    return Proof(
+        on=on, mesh=dict(setup.mesh.shape), rows=cfg.batch, length=length, fits=not why, why=why, hbm_bytes=hbm,
+        **memory, **held,
+        model_flops=tokens * flops_per_token(cfg.model, length).train,
+        model_flops_square=tokens * flops_per_token(cfg.model, length, causal=False).train,
+        hardware_flops=found.flops + found.kernel_flops if found else 0.0,
+        account=found, most=most, lower_s=lower_s, compile_s=compile_s, compile_wall_s=compile_wall_s,
+        rss_bytes=_peak_rss(), text_sha256=hashlib.sha256(text.encode()).hexdigest() if text else "",
+        options=used, notes=tuple(notes),
+    )  # fmt: skip
+
+
+# --- the compiler ----------------------------------------------------------------------------------------------------
+
+
+def _compile(lowered: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any], str, list[str]]:
+    """The compiled program, or None and why it has no room; the options used; notes."""
+    notes = []
+    while True:
+        try:
+            return lowered.compile(compiler_options=options or None), options, "", notes
+        except jax.errors.JaxRuntimeError as e:
+            said = str(e)
+            if re.search(r"on HBM|space hbm|HbmOom", said):
+                return None, options, _shortened(said), notes
+            if not options:
+                if "RESOURCE_EXHAUSTED" in said:  # of the scratchpad, say: not for want of HBM, but it does not run
+                    return None, options, _shortened(said), notes
+                raise
+            notes.append(f"compiled without options; with them: {_shortened(said)}")
+            options = {}
+
+
+def _shortened(said: str) -> str:
+    """The first lines of what a compiler complains about, on one line."""
+    words = " ".join(said.split()).removeprefix("RESOURCE_EXHAUSTED: ")
+    return words if len(words) <= 300 else words[:300] + " ..."
+
+
+_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _asked(why: str) -> int:
+    """Bytes that a program would take, out of the compiler's complaint that there is no room for it."""
+    for pattern in (r"Used ([\d.]+)([KMGT]?) of", r"\(([\d.]+)([KMGT]?)B?\) exceeds", r"([\d.]+)([KMGT])"):
+        if found := re.search(pattern, why):
+            return int(float(found[1]) * _UNITS[found[2]])
+    return 0
+
+
+def _memory(compiled: Any, platform: str) -> dict[str, int]:
+    m = compiled.memory_analysis()
+    # Everything at once, less what outputs take over from donated arguments. libtpu knows better: it lays out in time,
+    # and what it says is what it holds against the chip's memory.
+    at_once = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+    peak = getattr(m, "peak_memory_in_bytes", 0) if platform == "tpu" else 0
+    return {
+        "peak_bytes": int(peak or at_once),
+        "temporary_bytes": int(m.temp_size_in_bytes),
+        "argument_bytes": int(m.argument_size_in_bytes),
+    }
+
+
+def _text(compiled: Any) -> tuple[str, list[str]]:
+    """The program's text; empty, and a note, where the compiler cannot write it (programs for tpu7x, at times)."""
+    try:
+        return compiled.as_text(), []
+    except jax.errors.JaxRuntimeError as e:  # memory and verdict stand
+        return "", [f"text not available: {_shortened(str(e))}"]
+
+
+def _peak_rss() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes, Linux KiB
+
+
+def _held(tree: Any) -> tuple[int, int]:
+    """Bytes of a device's share of placed shapes: in its own memory, in its host's."""
+    here = host = 0
+    for x in jax.tree.leaves(tree):
+        size = math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(_plain(x.dtype)).itemsize
+        if x.sharding.memory_kind == "pinned_host":
+            host += size
+        else:
+            here += size
+    return here, host
+
+
+def _plain(dtype: Any) -> Any:
+    return np.uint32 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype
+
+
+# --- the text --------------------------------------------------------------------------------------------------------
+
+
+def _accounts(
+    text: str, mesh: jax.sharding.Mesh, cfg: RunConfig, chip: Chip, length: int
+) -> tuple[Account, Account | None, list[str]]:
+    program = parse(text)
+    layout = Layout.of(mesh, program.partitions, cfg.mesh.across)
+
+    def cost(k: Kernel) -> Cost:
+        return kernel_cost(k, cfg.model, length, chip)
+
+    found = account(program, layout, chip, kernel_cost=cost)
+    most = account(program, layout, chip, kernel_cost=cost, branches="most") if found.branches else None
+    unknown = sorted({k.name for k in found.kernels if not cost(k).flops})
+    notes = [f"{note} ({n} x)" for note, n in found.notes.items()]
+    notes += [f"products of kernel {name} are not known, and not counted" for name in unknown]
+    return found, most, notes
+
+
+def kernel_cost(k: Kernel, model: DecoderConfig, length: int, chip: Chip) -> Cost:
+    """Products of an attention kernel, from its shapes and the blocks it does not skip; at least the cycles of these
+    at the chip's peak. Of other kernels: nothing but the cycles that were simulated."""
+    products = attention_flops(k, model, length)
+    return Cost(products, k.cycles or products / chip.device_flops * chip.clock)
+
+
+def attention_flops(k: Kernel, model: DecoderConfig, length: int) -> float:
+    """FLOPs of one call of a flash attention kernel; 0 for a kernel of another name.
+
+    Forward: scores and weighted values, two products of queries and keys. Backward, the scores and the gradient of
+    the weights are made again: three products for the queries' gradient alone, four for keys' and values', five for
+    all of them at once (Dao 2023, arXiv:2307.08691, section 3.1.2).
+    """
+    if not re.search(r"splash|flash|fmha|attention", k.name):
+        return 0.0
+    large = [a for a in k.operands if len(a.dims) >= 3 and a.dtype in ("bf16", "f16", "f32")]
+    if len(large) < 2:
+        return 0.0
+    q, key = large[0].dims, large[1].dims
+    pairs = math.prod(q[:-1]) * key[-2]
+    if "dkv" in k.name:
+        part, products = "_dkv", 5 if re.search(r"use_fused_bwd_kernel\W+true", k.metadata) else 4
+    elif "dq" in k.name:
+        part, products = "_dq", 3
+    else:
+        part, products = "", 5 if re.search(r"bwd|backward", k.name) else 2
+    blocks = [re.search(rf"\bblock_{side}{part}\W+(\d+)", k.metadata) for side in ("q", "kv")]
+    bq, bk = (int(b[1]) if b else 1 for b in blocks)
+    layers = [model.layer(i).attention for i in range(model.num_layers)]
+    if (q[-2], key[-2]) == (length, length):
+        share = sum(visible_blocks(a, length, bq, bk) for a in layers) / len(layers)
+    else:  # a share of the row: over the devices that share it, as many as of the whole
+        share = sum(visible_pairs(a, length) for a in layers) / len(layers) / length**2
+    return 2.0 * products * pairs * q[-1] * share
+
+
+def visible_blocks(a: Attention, length: int, bq: int, bk: int) -> float:
+    """Share of the blocks of `bq` queries and `bk` keys in which any query sees any key."""
+    ahead = np.arange(1 - length, length)  # key minus query
+    seen = a.mask.visible(Coords(np.zeros_like(ahead), 1, False), Coords(ahead, 1, False)) | (ahead == 0)
+    if a.window:
+        seen = seen & (-ahead < a.window)
+    before = np.concatenate([[0], np.cumsum(seen)])
+    first_q, first_k = np.arange(0, length, bq)[:, None], np.arange(0, length, bk)[None, :]
+    low = first_k - np.minimum(first_q + bq, length) + 1
+    high = np.minimum(first_k + bk, length) - 1 - first_q
+    return float((before[high + length] - before[low + length - 1] > 0).mean())
+

@@ -1,0 +1,177 @@
+"""Why a plan is the best that was found: what limits it, why the next lost, what would help. No JAX here."""
+
+import dataclasses
+from typing import Any
+
+import yaml
+
+from jaxllm.core.errors import UserError
+from jaxllm.plan.analytic import Calibration, Memory
+from jaxllm.plan.calibration import calibration
+from jaxllm.plan.chips import GIB, Chip, Torus
+from jaxllm.plan.predict import NAMES, of_estimate
+from jaxllm.plan.search import Found, Plan, search
+from jaxllm.plan.topology import Topology
+from jaxllm.train.config import RunConfig
+
+
+def block(plan: Plan) -> str:
+    """The chosen blocks of the config, as YAML to paste."""
+    return yaml.safe_dump(plain(plan.overrides), sort_keys=False, default_flow_style=None, width=110)
+
+
+def plain(overrides: dict[str, Any]) -> dict[str, Any]:
+    """What a plan sets, less what is a RunConfig's default anyway."""
+    own = dict(overrides)
+    own["mesh"] = {axis: n for axis, n in own["mesh"].items() if n != 1 and (axis, n) != ("across", "data")} or {"fsdp": 1}
+    if "fsdp" not in own["mesh"]:
+        own["mesh"]["fsdp"] = 1  # which takes what is left, unless it is said
+    preset, along = own["sharding"]["preset"], own["sharding"]["activations"]["norm_seq"]
+    own["sharding"] = preset if along == "context" else {"preset": preset, "activations": {"norm_seq": along}}
+    if own["sharding"] == "zero3":
+        del own["sharding"]
+    if own.get("pipeline", {}).get("stages", 0) is None:
+        own["pipeline"] = {"schedule": own["pipeline"]["schedule"]}
+    if own["accumulate"] == 1:
+        del own["accumulate"]
+    if not own["offload"]["optimizer"]:
+        del own["offload"]
+    return own
+
+
+def summary(plan: Plan) -> str:
+    """A plan in one line: its mesh and what is unusual about it."""
+    own = plain(plan.overrides)
+    mesh = " x ".join(f"{axis}={n}" for axis, n in own["mesh"].items() if axis != "across" and n != 1) or "one device"
+    rest = []
+    if isinstance(own.get("sharding"), str):
+        rest.append(own["sharding"])
+    elif "sharding" in own:
+        rest += [own["sharding"]["preset"], "norms along tensor"]
+    if "context" in own:
+        rest.append(own["context"]["kind"])
+    if "pipeline" in own:
+        rest.append(own["pipeline"]["schedule"]["kind"])
+    if "accumulate" in own:
+        rest.append(f"{own['accumulate']} microbatches")
+    rest.append(f"remat {own['remat'] if isinstance(own['remat'], str) else 'keeps ' + ' '.join(own['remat'])}")
+    if "offload" in own:
+        rest.append("optimizer on the host")
+    return f"{mesh}; {', '.join(rest)}"
+
+
+def memory_parts(memory: Memory) -> dict[str, float]:
+    """GiB of one plan by what takes them, the largest first; of the workspaces, the one that counts at the peak."""
+    parts = {name: float(value[0]) / GIB for name, value in memory._asdict().items()}
+    backward, head = parts["gradients"] + parts["layer"], parts["head"]
+    for name in ("head",) if backward >= head else ("gradients", "layer"):
+        del parts[name]
+    return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
+
+def limits(plan: Plan, on: Topology) -> str:
+    """What takes the time and the memory of a plan."""
+    times = {NAMES[n]: float(v[0]) for n, v in plan.estimate.terms._asdict().items()}
+    top = sorted(times.items(), key=lambda item: -item[1])[:3]
+    memory = list(memory_parts(plan.estimate.memory).items())[:3]
+    usable = on.chip.device_hbm / GIB
+    return (
+        "predicted time: " + ", ".join(f"{name} {1e3 * s:,.0f} ms" for name, s in top if s > 0)
+        + f"; predicted memory {plan.peak / GIB:.1f} of {usable:.1f} GiB: "
+        + ", ".join(f"{name} {size:.1f}" for name, size in memory if size >= 0.05)
+    )  # fmt: skip
+
+
+def lost(plan: Plan, best: Plan) -> str:
+    """Term by term, why a plan is predicted to be slower than the best."""
+    ours, theirs = (p.estimate.terms._asdict() for p in (best, plan))
+    gains = {NAMES[n]: 1e3 * (float(theirs[n][0]) - float(ours[n][0])) for n in ours}
+    shown = sorted(gains.items(), key=lambda item: -abs(item[1]))[:4]
+    slower = 1e3 * (plan.expected - best.expected)
+    return (
+        f"{slower:+,.0f} ms predicted ({plan.expected / best.expected - 1:+.1%}): "
+        + ", ".join(f"{name} {ms:+,.0f}" for name, ms in shown if abs(ms) >= 0.5)
+    )  # fmt: skip
+
+
+# --- what would help -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One thing about the chips or the run that were otherwise, and the best plan then."""
+
+    what: str
+    gain: float  # share of the predicted step time of the same tokens that it saves
+    plan: Plan
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.gain:+.1%} of the predicted step time, with {summary(self.plan)}"
+
+
+def changes(cfg: RunConfig, found: Found, reached: Calibration | None = None) -> list[Change]:
+    """What one change would bring, each with a search of its own; the most helpful first."""
+    on, reached = found.on, reached or calibration(found.on)
+    chip = on.chip
+
+    def with_chip(**better: Any) -> Topology:
+        return on._replace(chip=chip._replace(**better))
+
+    trials: list[tuple[str, RunConfig, Topology]] = [
+        ("twice the memory of a chip", cfg, with_chip(hbm_bytes=2 * chip.hbm_bytes, hbm_usable=2 * chip.hbm_usable)),
+        ("twice the memory bandwidth", cfg, with_chip(hbm_bandwidth=2 * chip.hbm_bandwidth)),
+        ("twice the link to the host", cfg, with_chip(pcie=2 * chip.pcie)),
+    ]
+    if chip.links is not None and on.devices > 1:
+        trials.append((f"twice the {_links(chip)}", cfg, with_chip(links=_twice(chip))))
+    if on.slices > 1 and chip.network is not None:
+        wider = chip.network._replace(bandwidth=2 * chip.network.bandwidth)
+        trials.append(("twice the network between slices", cfg, with_chip(network=wider)))
+    trials.append(("twice the rows of a batch", cfg.model_copy(update={"batch": 2 * cfg.batch}), on))
+    made = []
+    now = found.best.estimate.time.expected[0] / found.job.tokens
+    for what, run, other in trials:
+        try:
+            best = search(run, other, length=found.job.sizes.length, reached=reached, keep=1)
+        except UserError:
+            continue
+        made.append(Change(what, 1 - best.best.expected / best.job.tokens / float(now), best.best))
+    return sorted(made, key=lambda change: -change.gain)
+
+
+def _links(chip: Chip) -> str:
+    return "bandwidth of the torus" if isinstance(chip.links, Torus) else "bandwidth inside a host"
+
+
+def _twice(chip: Chip) -> Any:
+    links = chip.links
+    if isinstance(links, Torus):
+        return links._replace(link=2 * links.link)
+    return links._replace(bandwidth=2 * links.bandwidth)
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+
+def explain(cfg: RunConfig, found: Found, reached: Calibration | None = None) -> str:
+    """What was found, for people: the best plan, what limits it, why others lost, what would help."""
+    on, best = found.on, found.best
+    reached = reached or calibration(on)
+    whole = "all of them" if found.exact else "the start of the space, the rest by annealing"
+    lines = [
+        f"{found.seen:,} plans for {on}, {whole}; {found.fitting:,} are predicted to fit",
+        "",
+        f"best: {summary(best)}",
+        f"  {of_estimate(found.job, on, best.estimate, reached)}",
+        f"  {limits(best, on)}",
+    ]
+    if best.verdict:
+        lines.append(f"  compiled: fits, peak {best.verdict.peak_bytes / GIB:.1f} GiB, predicted {best.verdict.expected_ms:,.0f} ms")
+    for number, plan in enumerate(found.ranked[1:4], 2):
+        lines += [f"{number}.: {summary(plan)}", f"  {lost(plan, best)}"]
+    for plan in found.dropped:
+        lines.append(f"compiled and dropped, {plan.verdict.peak_bytes / GIB:.1f} GiB: {summary(plan)}")
+    helpful = [change for change in changes(cfg, found, reached) if change.gain > 0.005]
+    lines += ["", "what one change would bring:" if helpful else "no single change would bring much"]
+    lines += [f"  {change}" for change in helpful]
+    return "\n".join([*lines, "", block(best)])

@@ -1,0 +1,489 @@
+"""The best plan for a run on a topology, by the formulas of `analytic`. No JAX here.
+
+Everything is enumerated: meshes x ZeRO stage x sequence parallelism x ring or all-to-all x pipeline schedule x
+microbatches x what the backward pass keeps x offload, less what does not divide; memory throws out, time ranks. The
+formulas work on arrays, about a million plans a second, so that the whole space of 7B on 256 chips takes seconds and
+what is found is the optimum of the model. The alternatives of the surveys, held against it in tests/plan/test_search:
+simulated annealing with FlexFlow's moves (Jia et al. 2018, arXiv:1807.05358: one choice drawn anew) finds the same
+plan after some thousand proposals, nearly always, but proposing takes longer than estimating: on a space of 54 504
+plans 1.3 s against 0.3 s. It is what `anneal` does where a space is beyond LIMIT. Alpa's
+integer program (Zheng et al. 2022, arXiv:2201.12023) pays where each operator chooses for itself; here one choice goes
+for all layers, and its dynamic program over stages is in `stages`.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxllm.core.config import merge, parse
+from jaxllm.core.errors import ConfigError, UserError
+from jaxllm.plan.analytic import (
+    ATTENTION,
+    SCHEDULES,
+    Calibration,
+    Estimate,
+    Job,
+    Kept,
+    Plans,
+    estimate,
+    kept,
+    memory,
+    sizes,
+)
+from jaxllm.plan.calibration import calibration
+from jaxllm.plan.chips import Switch
+from jaxllm.plan.network import runs
+from jaxllm.plan.topology import Topology
+from jaxllm.train.config import RunConfig
+
+LIMIT = 20_000_000  # plans that are enumerated
+CHUNK = 50_000  # plans that are estimated at a time: their arrays stay in cache
+HEADROOM = 0.92  # share of the usable memory that a plan may be predicted to take: the formulas err
+EXTRA = 1e-3  # share of the step time that each choice beside the plainest must gain
+AXES = ("data", "pipe", "fsdp", "context", "tensor")
+CHUNKS = (2, 4)  # stages a device holds in an interleaved pipeline
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def job_of(cfg: RunConfig, length: int | None = None) -> Job:
+    """What a step of this run does, whatever the plan.
+
+    Args:
+      length: tokens of a row; None: the longest that the model is meant for.
+    """
+    state = {"adamw": 8.0, "adafactor": 0.1, "lion": 4.0, "muon": 4.0, "sgd": 4.0}[cfg.optimizer.kind]
+    half = cfg.precision.kind != "float32"
+    return Job(
+        sizes(cfg.model, length or cfg.model.context), cfg.batch, optimizer_bytes=state,
+        compute_bytes=2.0 if half else 4.0,
+    )  # fmt: skip
+
+
+def plans_of(cfg: RunConfig, on: Topology) -> Plans:
+    """The one plan that a config asks for.
+
+    Raises:
+      ConfigError: its mesh does not fit the topology.
+    """
+    mesh = cfg.mesh.resolve(on.devices)
+    s = cfg.sharding
+    shared = [getattr(s, part).embed is not None for part in ("optimizer", "gradients", "parameters")]
+    schedule = cfg.pipeline.schedule.kind
+    return Plans.one(
+        kept(cfg.remat), data=mesh.data * mesh.expert, pipe=mesh.pipe, fsdp=mesh.fsdp, context=mesh.context,
+        tensor=mesh.tensor, zero=sum(shared), norm_seq=int("tensor" in _names(s.activations.norm_seq)),
+        ulysses=int(cfg.context.kind == "ulysses"), schedule=SCHEDULES.index(schedule), chunks=cfg.pipeline.chunks,
+        accumulate=cfg.accumulate, offload=int(cfg.offload.optimizer),
+    )  # fmt: skip
+
+
+def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+# --- the space -------------------------------------------------------------------------------------------------------
+
+
+class Remats(NamedTuple):
+    """Values of `remat:` to choose from, and what each keeps."""
+
+    values: tuple[str | tuple[str, ...], ...]
+    policies: tuple[Kept, ...]
+
+
+def remats() -> Remats:
+    """Every set of attention, projections, residual stream and feed-forward inputs; the host; and nothing again."""
+    parts = (("attention",), ("q", "k", "v"), ("residual",), ("gate", "up"))
+    sets = [sum(some, ()) for k in range(1, len(parts) + 1) for some in itertools.combinations(parts, k)]
+    plain = {frozenset(ATTENTION): "save_attention"}
+    values = ["full", *(plain.get(frozenset(s), s) for s in sets), "offload", "none"]
+    return Remats(tuple(values), tuple(map(kept, values)))
+
+
+def meshes(job: Job, on: Topology) -> Iterator[dict[str, int]]:
+    """Sizes of the mesh axes that the model, the rows and the topology divide by."""
+    s, n = job.sizes, on.devices
+    fast = on.shape[0] if isinstance(on.chip.links, Switch) else n  # tensor parallelism beyond a host is hopeless
+    for tensor in _divisors(math.gcd(n, math.gcd(s.heads, s.kv_heads), math.gcd(s.mlp, s.vocab))):
+        if tensor > fast:
+            continue
+        for context in _divisors(n // tensor):
+            if s.length % (2 * context):
+                continue
+            for pipe in _divisors(n // tensor // context):
+                if s.groups % pipe:
+                    continue
+                left = n // tensor // context // pipe
+                for fsdp in _divisors(left):
+                    data = left // fsdp
+                    slow = on.slices > 1 and on.chip.platform == "tpu"
+                    if job.rows % left or job.rows // left < pipe:  # rows of a device: at least a microbatch a stage
+                        continue
+                    if slow and all(size % on.slices for size in (data, pipe, fsdp)):
+                        continue
+                    yield {"data": data, "pipe": pipe, "fsdp": fsdp, "context": context, "tensor": tensor}
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def of_mesh(job: Job, on: Topology, mesh: dict[str, int], choices: Remats) -> Plans:
+    """Every plan on a mesh."""
+    s, pipe = job.sizes, mesh["pipe"]
+    shared, across = mesh["fsdp"] * mesh["context"], mesh["context"] * mesh["tensor"]
+    rows = job.rows // (mesh["data"] * mesh["fsdp"])
+    schedules = [(SCHEDULES.index("1f1b"), 1)]
+    if pipe > 1:
+        cuts = [c for c in CHUNKS if s.groups % (pipe * c) == 0]
+        schedules = [(0, 1), (1, 1), (3, 1), *((SCHEDULES.index("interleaved"), c) for c in cuts)]
+    zero = (3,) if shared == 1 else (0, 1, 2, 3) if s.embed % shared == 0 else (0,)
+    along = mesh["tensor"] > 1 and s.length % across == 0
+    swaps = mesh["context"] > 1 and s.heads % across == 0
+    schedule, *rest = _product(
+        range(len(schedules)), [m for m in _divisors(rows) if pipe == 1 or m >= pipe], zero, (0, 1) if along else (0,),
+        (0, 1) if swaps else (0,), range(len(choices.values)), (0, 1),
+    )  # fmt: skip
+    kinds = np.array(schedules)[schedule]
+    return Plans(
+        **{axis: np.full(len(schedule), size) for axis, size in mesh.items()}, schedule=kinds[:, 0], chunks=kinds[:, 1],
+        **dict(zip(("accumulate", "zero", "norm_seq", "ulysses", "remat", "offload"), rest)), policies=choices.policies,
+    )  # fmt: skip
+
+
+def space(job: Job, on: Topology, choices: Remats) -> Iterator[Plans]:
+    """Every plan, in pieces of about CHUNK."""
+    waiting: list[Plans] = []
+    for mesh in meshes(job, on):
+        waiting.append(of_mesh(job, on, mesh, choices))
+        if sum(map(len, waiting)) >= CHUNK:
+            yield _together(waiting)
+            waiting = []
+    if waiting:
+        yield _together(waiting)
+
+
+def _product(*values: Sequence[int]) -> list[np.ndarray]:
+    """Columns of the Cartesian product."""
+    return [grid.reshape(-1) for grid in np.meshgrid(*(np.array(v) for v in values), indexing="ij")]
+
+
+def _together(parts: list[Plans]) -> Plans:
+    columns = {name: np.concatenate([getattr(p, name) for p in parts]) for name in Plans.CHOICES}
+    return dataclasses.replace(parts[0], **columns)
+
+
+def extras(p: Plans) -> np.ndarray:
+    """How many choices of each plan are not the plainest."""
+    return (
+        (p.pipe > 1) * 2 + (p.context > 1) + (p.tensor > 1) + (p.data > 1) + (p.zero != 3) + p.norm_seq + p.ulysses
+        + (p.schedule != 1) + (p.accumulate > 1) + 2 * p.offload + 2 * np.array([bool(k.host) for k in p.policies])[p.remat]
+    )  # fmt: skip
+
+
+# --- the search ------------------------------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """What the search wants to know of a compiled plan; `predict.verdict` makes it of a proof."""
+
+    fits: bool
+    peak_bytes: float  # of a device
+    expected_ms: float  # predicted of the compiled program
+    proof: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One plan, what is predicted of it, and the config that asks for it."""
+
+    cfg: RunConfig
+    overrides: dict[str, Any]  # the blocks of the config that it sets
+    plans: Plans  # it alone
+    estimate: Estimate  # of it alone
+    verdict: Verdict | None = None
+
+    @property
+    def expected(self) -> float:
+        """Predicted seconds of a step; of the compiled program, where there is one."""
+        return self.verdict.expected_ms / 1e3 if self.verdict else float(self.estimate.time.expected[0])
+
+    @property
+    def peak(self) -> float:
+        """Predicted bytes of a device."""
+        return float(self.estimate.memory.peak[0])
+
+
+class Found(NamedTuple):
+    """What a search saw."""
+
+    on: Topology
+    job: Job
+    ranked: tuple[Plan, ...]  # the best of each mesh, the best first
+    seen: int  # plans whose time and memory were predicted
+    fitting: int  # of them, those that fit
+    exact: bool  # whether that was the whole space
+    dropped: tuple[Plan, ...] = ()  # compiled, and found not to fit
+
+    @property
+    def best(self) -> Plan:
+        return self.ranked[0]
+
+
+def search(
+    cfg: RunConfig,
+    on: Topology,
+    *,
+    length: int | None = None,
+    reached: Calibration | None = None,
+    verify: Callable[[RunConfig], Verdict] | None = None,
+    k: int = 3,
+    keep: int = 10,
+) -> Found:
+    """The fastest plans of those that fit, one a mesh; model, batch and row length stay as they are.
+
+    Args:
+      reached: what the chips reach; None: as published runs say.
+      verify: compiles a plan. The best `k` are verified; those that do not fit make place for a plan of the same mesh
+        that takes less, and the rest is ranked by the compiled prediction.
+      keep: plans to return.
+
+    Raises:
+      UserError: no mesh divides the model and its batch, or nothing fits; says what would.
+    """
+    job, choices, reached = job_of(cfg, length), remats(), reached or calibration(on)
+    best, seen, fitting, smallest, exact = {}, 0, 0, math.inf, True
+    for plans in space(job, on, choices):
+        if seen + len(plans) > LIMIT:
+            exact = False
+            break
+        peak = memory(job, plans).peak
+        fits = peak <= HEADROOM * on.chip.device_hbm
+        seen, fitting, smallest = seen + len(plans), fitting + int(fits.sum()), min(smallest, float(peak.min()))
+        _keep_best(best, job, on, plans.take(fits), reached)
+    if not seen and exact:
+        raise UserError(_no_mesh(job, on))
+    if not exact:
+        _keep_best(best, job, on, anneal(job, on, choices, reached), reached)
+    if not best:
+        raise UserError(_nothing_fits(job, on, smallest))
+    ranked: list[Plan] = []
+    refused: set[tuple] = set()
+    for _, plans in sorted(best.values(), key=lambda v: v[0]):
+        ranked += filter(None, [_accepted(cfg, job, on, plans, choices, reached, refused)])
+        if len(ranked) == keep:
+            break
+    if not ranked:
+        raise UserError(f"every plan that fits {on.name} asks for parts that do not go together in this run")
+    found = Found(on, job, tuple(ranked), seen, fitting, exact)
+    return verified(found, cfg, choices, reached, verify, k) if verify else found
+
+
+def _keep_best(best: dict, job: Job, on: Topology, plans: Plans, reached: Calibration) -> None:
+    """Puts the best of `plans` on each mesh into `best`: mesh -> (score, the plan)."""
+    if not len(plans):
+        return
+    score = scores(job, on, plans, reached)
+    sizes_ = np.stack([getattr(plans, axis) for axis in AXES], 1)
+    starts, _ = runs(sizes_)
+    for start, end in zip(starts, [*starts[1:], len(plans)]):
+        mesh, i = tuple(sizes_[start].tolist()), start + int(score[start:end].argmin())
+        if mesh not in best or score[i] < best[mesh][0]:
+            best[mesh] = (float(score[i]), plans.take(np.array([i])))
+
+
+def scores(job: Job, on: Topology, plans: Plans, reached: Calibration) -> np.ndarray:
+    """What is minimised: expected seconds of a step, and a little for each choice beside the plainest."""
+    return estimate(job, on, plans, reached).time.expected * (1 + EXTRA * extras(plans))
+
+
+def anneal(
+    job: Job, on: Topology, choices: Remats, reached: Calibration, steps: int = 300, chains: int = 32, seed: int = 0
+) -> Plans:
+    """One plan, by simulated annealing: a choice drawn anew, taken if better or, while it is hot, if little worse.
+
+    The moves are FlexFlow's (arXiv:1807.05358, section 6.2). Chains walk side by side, since estimates come in arrays.
+    Plans that do not fit cost what they lack.
+    """
+    rng, all_meshes = np.random.default_rng(seed), list(meshes(job, on))
+    limit = HEADROOM * on.chip.device_hbm
+    own = [name for name in Plans.CHOICES if name not in AXES]
+    known = functools.cache(lambda number: of_mesh(job, on, all_meshes[number], choices))
+
+    def cost(plans: Plans) -> np.ndarray:
+        lacks = np.maximum(memory(job, plans).peak / limit, 1)
+        return np.log(scores(job, on, plans, reached)) + 10 * np.log(lacks)
+
+    def near(number: int, like: Plans, but: str | None) -> Plans:
+        """A plan on a mesh that agrees with `like` in most choices, `but` one; which one is drawn."""
+        options = known(number)
+        differs = sum((getattr(options, name) != getattr(like, name)[0]).astype(int) for name in own if name != but)
+        return options.take(rng.choice(np.flatnonzero(differs == differs.min()), 1))
+
+    at = [int(rng.integers(len(all_meshes))) for _ in range(chains)]
+    plans = [known(m).take(rng.integers(len(known(m)), size=1)) for m in at]
+    now = cost(_together(plans))
+    best, least = plans[int(now.argmin())], now.min()
+    for step in range(steps):
+        heat = 0.3 * (1 - step / steps) ** 2 + 1e-6
+        change = [rng.choice([None, *own]) for _ in range(chains)]
+        there = [m if name else int(rng.integers(len(all_meshes))) for m, name in zip(at, change)]
+        trial = [near(m, plan, name) for m, plan, name in zip(there, plans, change)]
+        new = cost(_together(trial))
+        for i in np.flatnonzero((new < now) | (rng.random(chains) < np.exp(np.minimum(0, (now - new) / heat)))):
+            at[i], plans[i], now[i] = there[i], trial[i], new[i]
+        if now.min() < least:
+            best, least = plans[int(now.argmin())], now.min()
+    return best
+
+
+# --- plans as configs ------------------------------------------------------------------------------------------------
+
+
+def overrides_of(plans: Plans, on: Topology, choices: Remats) -> dict[str, Any]:
+    """The blocks of a RunConfig that ask for a plan."""
+    one = {name: int(getattr(plans, name)[0]) for name in Plans.CHOICES}
+    mesh: dict[str, Any] = {axis: one[axis] for axis in ("data", "pipe", "fsdp", "expert", "context", "tensor") if axis in one}
+    if on.slices > 1:
+        mesh["across"] = _across(one, on)
+    sharding: dict[str, Any] = {"preset": ("ddp", "zero1", "zero2", "zero3")[one["zero"]]}
+    sharding["activations"] = {"norm_seq": ["context", "tensor"] if one["norm_seq"] else "context"}
+    schedule: dict[str, Any] = {"kind": SCHEDULES[one["schedule"]]}
+    if schedule["kind"] == "interleaved":
+        schedule["chunks"] = one["chunks"]
+    remat = choices.values[one["remat"]]
+    blocks = {
+        "topology": on.name, "mesh": {"expert": 1} | mesh, "sharding": sharding, "accumulate": one["accumulate"],
+        "remat": remat if isinstance(remat, str) else list(remat), "offload": {"optimizer": bool(one["offload"])},
+    }  # fmt: skip
+    if one["context"] > 1:
+        blocks["context"] = {"kind": "ulysses" if one["ulysses"] else "ring"}
+    if one["pipe"] > 1:
+        blocks["pipeline"] = {"schedule": schedule, "stages": None}
+    return blocks
+
+
+def _across(one: dict[str, int], on: Topology) -> str:
+    """The axis over slices that the formulas have in mind; over hosts of GPUs, the one that lies over them anyway."""
+    axes = [a for a in ("data", "pipe", "fsdp") if one[a] % on.slices == 0]
+    if on.chip.platform != "tpu":
+        axes = [a for a in axes if a == next((b for b in ("data", "pipe", "fsdp") if one[b] > 1), None)]
+    return axes[0] if axes else "data"
+
+
+def configured(
+    cfg: RunConfig, job: Job, on: Topology, plans: Plans, choices: Remats, reached: Calibration
+) -> Plan | None:
+    """The plan with its config; None where the config refuses that combination of parts."""
+    blocks = overrides_of(plans, on, choices)
+    tree = cfg.model_dump(mode="json")
+    tree.pop("sharding")  # presets fill in what is not said
+    try:
+        own = parse(RunConfig, merge(tree, blocks), name="plan")
+    except ConfigError:
+        return None
+    return Plan(own, blocks, plans, estimate(job, on, plans, reached))
+
+
+def _accepted(
+    cfg: RunConfig, job: Job, on: Topology, plans: Plans, choices: Remats, reached: Calibration, refused: set[tuple]
+) -> Plan | None:
+    """The plan, or the best on its mesh whose combination of parts the config takes; adds to those it refuses."""
+    if _parts(plans)[0] not in refused:
+        if plan := configured(cfg, job, on, plans, choices, reached):
+            return plan
+        refused.add(_parts(plans)[0])
+    options = of_mesh(job, on, {axis: int(getattr(plans, axis)[0]) for axis in AXES}, choices)
+    options = options.take(memory(job, options).peak <= HEADROOM * on.chip.device_hbm)
+    parts = _parts(options)
+    for i in np.argsort(scores(job, on, options, reached), kind="stable") if len(options) else ():
+        if parts[i] not in refused:
+            if plan := configured(cfg, job, on, options.take(np.array([i])), choices, reached):
+                return plan
+            refused.add(parts[i])
+    return None
+
+
+def _parts(p: Plans) -> list[tuple]:
+    """Of each plan, what combinations are refused for."""
+    on = [getattr(p, axis) > 1 for axis in AXES]
+    host = np.array([bool(k.host) for k in p.policies])[p.remat]
+    return list(zip(*(x.tolist() for x in (*on, p.zero, p.norm_seq, p.ulysses, p.schedule, p.offload, host))))
+
+
+# --- compiled plans --------------------------------------------------------------------------------------------------
+
+
+def verified(
+    found: Found, cfg: RunConfig, choices: Remats, reached: Calibration, verify: Callable[[RunConfig], Verdict], k: int
+) -> Found:
+    """The best `k` compiled, without those that do not fit, ranked by what is predicted of the compiled programs."""
+    good: list[Plan] = []
+    dropped: list[Plan] = []
+    for plan in found.ranked:
+        for _ in range(TRIES):
+            verdict = verify(plan.cfg)
+            plan = dataclasses.replace(plan, verdict=verdict)
+            if verdict.fits:
+                good.append(plan)
+                break
+            dropped.append(plan)
+            smaller = _smaller(found, cfg, plan, verdict.peak_bytes / plan.peak, choices, reached)
+            if smaller is None:
+                break
+            plan = smaller
+        if len(good) == k:
+            break
+    if not good:
+        least = min(dropped, key=lambda plan: plan.verdict.peak_bytes)
+        raise UserError(
+            f"no plan of {len(dropped)} that were compiled fits {found.on.name}: the smallest takes "
+            f"{least.verdict.peak_bytes / 2**30:.1f} GiB of {found.on.chip.device_hbm / 2**30:.1f}; take more chips or a "
+            "smaller batch"
+        )
+    good.sort(key=lambda plan: plan.expected)
+    return found._replace(ranked=tuple(good), dropped=tuple(dropped))
+
+
+TRIES = 3  # plans of a mesh that are compiled until one fits
+
+
+def _smaller(
+    found: Found, cfg: RunConfig, plan: Plan, factor: float, choices: Remats, reached: Calibration
+) -> Plan | None:
+    """The fastest plan of the same mesh that fits if the formulas are as far off for it; None: there is none."""
+    mesh = {axis: int(getattr(plan.plans, axis)[0]) for axis in AXES}
+    plans = of_mesh(found.job, found.on, mesh, choices)
+    peak = memory(found.job, plans).peak
+    plans = plans.take((peak * factor <= found.on.chip.device_hbm) & (peak < 0.98 * plan.peak))
+    if not len(plans):
+        return None
+    score = scores(found.job, found.on, plans, reached)
+    return configured(cfg, found.job, found.on, plans.take(np.array([score.argmin()])), choices, reached)
+
+
+# --- when there is none ----------------------------------------------------------------------------------------------
+
+
+def _no_mesh(job: Job, on: Topology) -> str:
+    s = job.sizes
+    return (
+        f"no mesh of {on.devices} devices divides this run: {job.rows} rows of {s.length} tokens, {s.groups} layer "
+        f"groups, {s.heads} heads and {s.kv_heads} key-value heads; a batch that is a multiple of {on.devices} always does"
+    )
+
+
+def _nothing_fits(job: Job, on: Topology, smallest: float) -> str:
+    usable = on.chip.device_hbm
+    more = math.ceil(on.chips * smallest / (HEADROOM * usable))
+    return (
+        f"nothing fits {on.name}: the smallest plan is predicted to take {smallest / 2**30:.1f} GiB of a device's "
+        f"{usable / 2**30:.1f} (of which {HEADROOM:.0%} are planned with); take about {more} chips, or a smaller batch"
+    )
