@@ -158,8 +158,11 @@ def _bench(verb: str, argv: list[str]) -> None:
     parser.add_argument("name", choices=bench.names(), help="what to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the object to FILE too")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds, ours and the peer's in turn (5)")
+    parser.add_argument("--peer", metavar="PEER", help="of `plan`: maxtext, whose programs are compiled beside ours")
+    parser.add_argument("--peer-python", metavar="PYTHON", default="python3", help="the interpreter that has the peer")
     args = parser.parse_args(argv)
-    bench.run(args.name, rounds=args.rounds, file=args.json)
+    peer = {"peer": args.peer, "python": args.peer_python} if args.peer else {}
+    bench.run(args.name, rounds=args.rounds, file=args.json, **peer)
 
 
 def _parser(verb: str, config: str, doc: str) -> argparse.ArgumentParser:
@@ -171,7 +174,7 @@ def _parser(verb: str, config: str, doc: str) -> argparse.ArgumentParser:
 
 VERBS = {
     "prepare": (_config_verb, "documents to packed token shards", "jaxllm prepare configs/data/quickstart.yaml"),
-    "plan": (_plan, "proves and predicts a run on chips, or finds it", "jaxllm plan configs/train/llama2_7b_v5e256.yaml"),
+    "plan": (_plan, "proves and predicts a run on chips, or finds it", "jaxllm plan configs/train/125m_v5e8.yaml"),
     "train": (_config_verb, "shards to a model", "jaxllm train configs/train/quickstart.yaml steps=500"),
     "generate": (_generate, "a model continues prompts", "jaxllm generate runs/quickstart --prompt 'def '"),
     "report": (_report, "draws the loss curves of a run", "jaxllm report runs/quickstart"),

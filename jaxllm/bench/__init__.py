@@ -21,12 +21,18 @@ def names() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(__path__)]
 
 
-def run(name: str, rounds: int = 5, file: Path | None = None) -> dict[str, Any]:
+def run(name: str, rounds: int = 5, file: Path | None = None, **peer: str) -> dict[str, Any]:
     """Prints, and writes to `file`, one object: name, ours, peer, ratio (> 1: ours is better), raw times, versions.
 
+    Args:
+      peer: another peer than the measurement's own, as its `beside` takes it.
+
     Raises:
-      UserError: before anything is measured, if there is no round to take or `file` cannot be written.
+      UserError: before anything is measured, if there is no round to take, no such peer, or `file` cannot be written.
     """
+    module = importlib.import_module(f"{__name__}.{name}")
+    if peer and not hasattr(module, "beside"):
+        raise UserError(f"bench {name}: --peer is for `jaxllm bench plan`; {name} has one peer, and brings it along")
     if rounds < 1:
         raise UserError(f"bench {name}: --rounds must be at least 1, got {rounds}")
     if file:
@@ -35,7 +41,7 @@ def run(name: str, rounds: int = 5, file: Path | None = None) -> dict[str, Any]:
             file.open("a", encoding="utf-8").close()
         except OSError as e:
             raise UserError(f"bench {name}: --json {file} cannot be written ({e.strerror}); name another") from None
-    measured = importlib.import_module(f"{__name__}.{name}").measure(rounds)
+    measured = module.beside(**peer) if peer else module.measure(rounds)
     result = {
         "name": name,
         **measured,

@@ -4,13 +4,21 @@ Nothing is measured here, so that rounds make no difference. Two cross-validatio
 leaving out its whole family (the same model and chip in other numbers). `ratio` is the target error over ours.
 """
 
+import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+import jaxllm
+from jaxllm.core.errors import UserError
 from jaxllm.plan import calibration
+from jaxllm.plan.maxtext import CASES
 
 TARGET = 0.15  # median absolute error of step times
 
@@ -67,3 +75,52 @@ def table(checks: list[calibration.Check]) -> list[str]:
             + (f"   {row.note}" if abs(check.error) > 0.3 else "")
         )
     return lines
+
+
+# --- MaxText -----------------------------------------------------------------------------------------------------------
+
+# What our programs are held to: theirs by these factors.
+LIMITS = {"peak_bytes": 1.0, "collective_bytes_total": 1.05, "hardware_flops": 1.0, "expected_step_ms": 0.95}
+
+
+def beside(peer: str, python: str) -> dict[str, Any]:
+    """Our compiled training steps beside MaxText's: same model, batch, topology and compiler, no chip involved.
+
+    `ratio` is the smallest of limit x theirs / ours, over cases and figures: above 1, all limits are kept.
+
+    Args:
+      python: an interpreter that has MaxText and, as MaxText brings it along, what jaxllm needs.
+
+    Raises:
+      UserError: no such peer, or it is not installed there.
+    """
+    if peer != "maxtext":
+        raise UserError(f"bench plan: no peer {peer!r}; known: maxtext")
+    cases: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in CASES:
+            sides = {side: _compiled(python, side, name, Path(folder) / f"{name}.{side}") for side in ("ours", "maxtext")}
+            ratios = {
+                figure: limit * sides["maxtext"][figure] / sides["ours"][figure] for figure, limit in LIMITS.items()
+            }
+            shown = ", ".join(f"{k} {sides['ours'][k] / sides['maxtext'][k]:.3f} (at most {v})" for k, v in LIMITS.items())
+            print(f"{name}: ours / MaxText: {shown}", file=sys.stderr)
+            cases[name] = sides | {"ratios": ratios}
+    worst = {name: min(case["ratios"].values()) for name, case in cases.items()}
+    return {
+        "unit": "smallest of limit x MaxText / ours over peak memory, collective bytes, FLOPs and predicted step time",
+        "ratio": min(worst.values()), "worst": worst, "limits": LIMITS, "cases": cases, "config": {"python": python},
+        "peer_is": "MaxText's published scripts and defaults, compiled ahead of time; step times are predicted for both",
+    }  # fmt: skip
+
+
+def _compiled(python: str, side: str, case: str, file: Path) -> dict[str, Any]:
+    """One side of a case, compiled in a process of its own."""
+    root = str(Path(jaxllm.__file__).parents[1])
+    command = [python, "-m", "jaxllm.plan.maxtext", side, case, str(file)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, check=False)
+    if not file.exists():
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        hint = "; --peer-python names the interpreter that has MaxText" if "ModuleNotFoundError" in last else ""
+        raise UserError(f"bench plan: {side} of {case} did not compile with {python}: {last}{hint}")
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -35,11 +35,7 @@ def by_device(fn: Callable, mesh: jax.sharding.Mesh, in_specs, out_specs, *, dif
 
 
 def taken_axes() -> frozenset[str]:
-    """Mesh axes over which whoever calls has already spread out what is traced: the stages of a pipeline, say.
-
-    Devices of two stages need not be at the same place of the program. There a collective must be among those of one
-    stage: all but `ppermute` are, which XLA takes for one exchange of all devices, and gets wrong silently.
-    """
+    """Mesh axes over which whoever calls has already spread out what is traced."""
     mesh = jax.sharding.get_abstract_mesh()
     return frozenset(a for a, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Manual)
 

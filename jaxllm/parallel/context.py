@@ -144,12 +144,14 @@ def ring(
 class Turns:
     """What each device does as blocks of keys and values come by. All arrays are shares.
 
-    To be made where `attend` is traced: within the stages of a pipeline blocks are gathered, not sent.
+    To be made where attention is traced: within the stages of a pipeline blocks are gathered, not sent.
     """
 
     def __init__(self, mixing: Any, axes: tuple[str, ...], shares: int, balanced: bool):
         self.mixing, self.axes, self.shares = mixing, axes, shares
-        self.gathers = bool(taken_axes())  # where devices may not send in a ring
+        # Two stages of a pipeline need not be at the same place of the program. XLA takes a permutation for one exchange
+        # of all devices, and gets it wrong then, silently; a gathering is one of each group.
+        self.gathers = "pipe" in taken_axes()
         self.chunks = 2 if balanced else 1  # runs of neighbouring tokens that a share has
 
     def forward(

@@ -84,11 +84,14 @@ def gpipe(devices: int, microbatches: int, slices: int = 1) -> Table:
 
 
 def forward_only(devices: int, microbatches: int, chunks: int = 1) -> Table:
-    """Evaluation: microbatches one after another through all stages."""
-    order = _chunk_order(devices, microbatches, chunks)
-    return _table(
-        {(k + d, d): (F, u, c) for k, (u, c) in enumerate(order) for d in range(devices)}, devices, microbatches, chunks
-    )
+    """Evaluation: microbatches, of any number, one after another through all stages."""
+    around = max(0, devices - microbatches)  # ticks until the first unit is back for its next chunk, if they are few
+    ops = {
+        (k + c * around + d, d): (F, u, c)
+        for k, (u, c) in enumerate(_chunk_order(devices, microbatches, chunks))
+        for d in range(devices)
+    }
+    return _table(ops, devices, microbatches, chunks)
 
 
 def one_forward_one_backward(devices: int, microbatches: int) -> Table:
@@ -182,19 +185,21 @@ def _table(
 # --- what is counted -------------------------------------------------------------------------------------------------
 
 
-def bubble(table: Table, cost: Mapping[int, float] = {F: 1.0, B: 2.0, W: 1.0}) -> float:
+def bubble(table: Table, inputs: float = 1.0, weights: float = 1.0, again: float = 0.0) -> float:
     """Share of the devices' time that they idle, from the first start to the last end; messages take no time.
 
-    `cost` of F, B and W; B's may count F again, which stages compute again.
+    Args:
+      inputs, weights: time of these gradients, of one stage and unit, in forward passes.
+      again: what the backward pass computes of the forward pass again, in forward passes.
     """
+    cost = np.array([0, 1, again + inputs + (0 if W in table.op else weights), weights])[table.op]
     clock = np.zeros(table.devices)
-    for tick, pairs in enumerate(_messages(table)):
-        done = clock + [cost.get(int(op), 0) for op in table.op[tick]]
+    for spent, pairs in zip(cost, _messages(table)):
+        done = clock + spent
         clock = done.copy()
         for source, target in itertools.chain(*pairs):
             clock[target] = max(clock[target], done[source])
-    busy = sum(cost[int(op)] for op in table.op[np.nonzero(table.op)])
-    return 1 - float(busy / (table.devices * clock.max()))
+    return 1 - float(cost.sum() / (table.devices * clock.max()))
 
 
 def in_flight(table: Table, device: int, until: int = B) -> int:

@@ -21,6 +21,9 @@ from jaxllm.plan.hlo import (
 )
 
 
+HBM, HOST = 0, 5  # memory spaces of libtpu and XLA
+
+
 class Layout:
     """Which mesh axes and which slices the devices of a program lie on, by their place in the program."""
 
@@ -83,7 +86,7 @@ class Kernel(NamedTuple):
     @property
     def bytes(self) -> float:
         """Of HBM that one call reads and writes at least."""
-        return _hbm((*self.operands, *self.results))
+        return _bytes((*self.operands, *self.results), HBM)
 
 
 class Cost(NamedTuple):
@@ -100,6 +103,7 @@ class Account(NamedTuple):
     kernel_flops: float
     cycles: dict[str, float]  # by where they are known from, see `account`
     traffic: float  # bytes of HBM that instructions read and write, kernels included
+    host_traffic: float  # bytes that go to and from pinned memory of the host
     collectives: tuple[Collective, ...]
     kernels: tuple[Kernel, ...]
     loops: dict[str, int]  # trip counts by name
@@ -181,7 +185,7 @@ def account(
     return Account(
         float(tally.numbers["flops"]), float(tally.numbers["kernel_flops"]),
         {key[1]: float(n) for key, n in tally.numbers.items() if isinstance(key, tuple)},
-        float(tally.numbers["traffic"]),
+        float(tally.numbers["traffic"]), float(tally.numbers["host_traffic"]),
         tuple(c._replace(count=float(n)) for c, n in tally.collectives.items()),
         tuple(k._replace(count=float(n)) for k, n in tally.kernels.items()), tally.loops,
         walker.differing, dict(tally.notes),
@@ -360,38 +364,39 @@ class _Walker:
         size = computation.operands(i)[0].bytes * (slices if kind == "all-gather" else 1)
         return Collective(kind, size, slices, (self.layout.across,), slices, overlapped=False, between=0.0)
 
-    # --- HBM ---
+    # --- memory ---
 
-    def _traffic(self, computation: Computation, i: Instruction) -> float:
-        """Bytes of HBM that an instruction reads and writes: of a slice or an update in place, only that part."""
-        if i.op.endswith("-start"):
+    def _traffic(self, computation: Computation, i: Instruction, space: int = HBM) -> float:
+        """Bytes of a memory that an instruction reads and writes: of a slice or an update in place, only that part."""
+        if i.op.endswith("-start") or i.op in ("send", "recv"):
             return 0.0  # counted where it ends
         inputs = computation.operands(i)
         if i.op.endswith("-done"):
-            sources = computation.operands(inputs[0]) if inputs else []
-            places = [a.space == 0 for a in i.arrays[:1]] + [a.space == 0 for x in sources[:1] for a in x.arrays[:1]]
-            return sum(places) * i.arrays[0].bytes if i.arrays else 0.0
+            sources = computation.operands(inputs[0])[:1] if inputs else []
+            sides = (*i.arrays[:1], *(a for x in sources for a in x.arrays[:1]))
+            return sum(a.space == space for a in sides) * i.arrays[0].bytes if i.arrays else 0.0
         if i.op == "fusion":
-            return self._fused_traffic(i, inputs)
+            return self._fused_traffic(i, inputs, space)
         if i.op in ("dynamic-slice", "slice", "gather"):
-            return 2 * _hbm(i.arrays)
+            return sum((a.space == space) * i.bytes for x in (i, *inputs[:1]) for a in x.arrays[:1])
         if i.op in ("dynamic-update-slice", "scatter"):
-            return 2 * _hbm(inputs[1 if i.op == "dynamic-update-slice" else -1].arrays)
+            update = inputs[1 if i.op == "dynamic-update-slice" else -1].bytes
+            return sum((a.space == space) * update for x in (i, inputs[-1 if i.op == "scatter" else 1]) for a in x.arrays[:1])
         if i.op == "custom-call":
             return 0.0  # buffers, names and other things of no weight: kernels and products are counted apart
-        return _hbm(i.arrays) + sum(_hbm(x.arrays) for x in inputs)
+        return _bytes(i.arrays, space) + sum(_bytes(x.arrays, space) for x in inputs)
 
-    def _fused_traffic(self, i: Instruction, inputs: list[Instruction]) -> float:
+    def _fused_traffic(self, i: Instruction, inputs: list[Instruction], space: int) -> float:
         inside = self.program.computations[i.calls()[0]]
         total = 0.0
         for x in inside.instructions:
             if x.op == "parameter" and (number := int(x.inside)) < len(inputs):
-                total += _read(inside, x, _hbm(inputs[number].arrays))
+                total += _read(inside, x, _bytes(inputs[number].arrays, space))
         outputs = inside.operands(inside.root) if inside.root.op == "tuple" else [inside.root]
         sizes = i.arrays if len(i.arrays) == len(outputs) else ()
         for output, array in zip(outputs, sizes):
             written = _source(inside, output)
-            if written.op == "parameter" or array.space != 0:
+            if written.op == "parameter" or array.space != space:
                 continue
             if written.op == "dynamic-update-slice":
                 total += inside.operands(written)[1].bytes
@@ -400,8 +405,8 @@ class _Walker:
         return total
 
 
-def _hbm(arrays: tuple[Array, ...]) -> float:
-    return sum((a.bytes for a in arrays if a.space == 0), 0.0)
+def _bytes(arrays: tuple[Array, ...], space: int) -> float:
+    return sum((a.bytes for a in arrays if a.space == space), 0.0)
 
 
 def _source(inside: Computation, i: Instruction) -> Instruction:
@@ -412,7 +417,7 @@ def _source(inside: Computation, i: Instruction) -> Instruction:
 
 
 def _read(inside: Computation, parameter: Instruction, whole: float) -> float:
-    """Bytes read of a fusion's operand."""
+    """Bytes read of a fusion's operand, `whole` in that memory."""
     total, names = 0.0, [parameter.name]
     while names:
         name = names.pop()

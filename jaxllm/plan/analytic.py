@@ -250,10 +250,10 @@ class StepTime(NamedTuple):
 def step_time(terms: Terms, calibration: Calibration) -> StepTime:
     compute, blocking = terms.over(Terms.COMPUTE), terms.over(Terms.BLOCKING)
     streamed, host = terms.over(Terms.STREAMED), terms.host
-    low = np.maximum.reduce([compute, blocking + streamed, host])
+    low = np.maximum(np.maximum(compute, blocking + streamed), host)
     high = compute + blocking + streamed + host
     busy = compute + (1 - calibration.hidden_blocking) * blocking
-    longest = np.maximum.reduce([busy, streamed, host])
+    longest = np.maximum(np.maximum(busy, streamed), host)
     expected = longest + (1 - calibration.hidden) * (busy + streamed + host - longest)
     return StepTime(low, high, np.clip(expected, low, high))
 
@@ -417,7 +417,8 @@ def work(job: Job, on: Topology, p: Plans) -> Work:
     crossings = here * (4 + again.out + p.norm_seq) + 2
     tensor = m * 2 * net.tensor.gather(stream) * crossings
     ring = (p.context - 1) * net.context.shift(2 * micro * kv * b) * (3 + again.pairs)
-    swapped = net.context.swap(micro * 2 * (q + kv) * b) * (2 + again.pairs)
+    sent = kv * np.maximum(1, p.context * t / s.kv_heads)  # key-value heads too few for the shares go more than once
+    swapped = net.context.swap(micro * 2 * (q + sent) * b) * (2 + again.pairs)
     context = m * here * np.where(p.ulysses, swapped, ring)
     # Stages shift on every tick, forward and backward.
     pipe = (p.pipe > 1) * 2 * p.chunks * (m + p.pipe - 1) * net.pipe.shift(stream / cut)

@@ -168,25 +168,34 @@ GRIDS = {
 
 
 class _Rows:
-    """The work of all rows side by side, which no parameter changes."""
+    """Rows side by side, with the work of their plans, which no parameter changes."""
 
-    def __init__(self, rows: Sequence[Published]):
-        works = [work(r.job, r.on, r.plans) for r in rows]
-        terms = Terms(*(np.concatenate(column) for column in zip(*(w.terms for w in works))))
-        rest = (np.concatenate([np.atleast_1d(v) for v in column]) for column in zip(*(w[1:] for w in works)))
+    def __init__(self, rows: Sequence[Published], works: Sequence[Work] | None = None):
+        self.rows, self.works = tuple(rows), tuple(works or (work(r.job, r.on, r.plans) for r in rows))
+        terms = Terms(*(np.concatenate(column) for column in zip(*(w.terms for w in self.works))))
+        rest = (np.concatenate([np.atleast_1d(v) for v in column]) for column in zip(*(w[1:] for w in self.works)))
         self.work = Work(terms, *rest)
-        self.chips = [r.on.chip.name for r in rows]
+        self.chips = sorted({r.on.chip.name for r in rows})
+        self.chip = np.array([self.chips.index(r.on.chip.name) for r in rows])
         self.seconds = np.array([r.seconds for r in rows])
         families = [r.family for r in rows]
         self.weights = np.array([1 / families.count(f) for f in families]) / len(set(families))
 
-    def predicted(self, parameters: Parameters) -> StepTime:
-        each = {chip: _of(parameters, chip) for chip in set(self.chips)}
-        c = Calibration(*(np.array(column) for column in zip(*(each[chip] for chip in self.chips))))
+    def only(self, wanted: Sequence[bool]) -> "_Rows":
+        return _Rows(*zip(*(pair for pair, keep in zip(zip(self.rows, self.works), wanted, strict=True) if keep)))
+
+    def reached(self, parameters: Parameters) -> np.ndarray:
+        """[chip, field of Calibration]"""
+        return np.array([_of(parameters, chip) for chip in self.chips])
+
+    def predicted(self, reached: np.ndarray) -> StepTime:
+        """[..., row], of calibrations [..., chip, field]."""
+        c = Calibration(*np.moveaxis(reached[..., self.chip, :], -1, 0))
         return step_time(paced(self.work, c), c)
 
-    def loss(self, parameters: Parameters) -> float:
-        return float(self.weights @ np.abs(np.log(self.predicted(parameters).expected / self.seconds)))
+    def loss(self, reached: np.ndarray) -> np.ndarray | np.number:
+        """[...]"""
+        return np.abs(np.log(self.predicted(reached).expected / self.seconds)) @ self.weights
 
 
 def _of(parameters: Parameters, chip: str) -> Calibration:
@@ -199,23 +208,29 @@ def _of(parameters: Parameters, chip: str) -> Calibration:
     )  # fmt: skip
 
 
-def fit(rows: Sequence[Published], start: Parameters | None = None) -> Parameters:
+def fit(rows: Sequence[Published]) -> Parameters:
     """Parameters of the least mean |log(predicted / published)|, each family of rows counting once.
 
     Coordinate descent over `GRIDS`: the same rows give the same numbers.
     """
-    rows = [r for r in rows if r.tuned]
-    known, chips = _Rows(rows), sorted({r.on.chip.name for r in rows})
-    names = [f"products {c}" for c in chips] + [f"attention {c}" for c in chips if c not in ATTENTION]
-    best = {n: (start or {}).get(n, START[n.split()[0]]) for n in [*names, "hidden", "hidden_blocking"]}
-    loss, before = known.loss(best), math.inf
+    return _fit(_Rows([row for row in rows if row.tuned]), {})
+
+
+def _fit(known: _Rows, start: Parameters) -> Parameters:
+    names = [f"products {c}" for c in known.chips] + [f"attention {c}" for c in known.chips if c not in ATTENTION]
+    best = {n: start.get(n, START[n.split()[0]]) for n in [*names, "hidden", "hidden_blocking"]}
+    loss, before = float(known.loss(known.reached(best))), math.inf
     while loss < before:
         before = loss
         for name in best:
-            for value in GRIDS[name.split()[0]]:
-                trial = best | {name: round(float(value), 3)}
-                if (new := known.loss(trial)) < loss - 1e-12:
-                    best, loss = trial, new
+            field, _, chip = name.partition(" ")
+            values, which = GRIDS[field], known.chips.index(chip) if chip else slice(None)
+            trials = np.repeat(known.reached(best)[None], len(values), 0)
+            trials[:, which, Calibration._fields.index(field)] = values if chip else values[:, None]
+            losses = known.loss(trials)
+            least = int(losses.argmin())
+            if losses[least] < loss - 1e-12:
+                best, loss = best | {name: round(float(values[least]), 3)}, float(losses[least])
     return best
 
 
@@ -237,12 +252,13 @@ def leave_one_out(
     rows: Sequence[Published], group: Callable[[Published], str] = lambda row: row.name
 ) -> list[Check]:
     """Every row predicted by the fit to the rows of other groups."""
-    start = fit(rows)
+    everything, groups = _Rows(rows), [group(row) for row in rows]
+    start = _fit(everything.only([row.tuned for row in rows]), {})
     checks: dict[str, Check] = {}
-    for left_out in dict.fromkeys(map(group, rows)):
-        own = [r for r in rows if group(r) == left_out]
-        rest = [r for r in rows if group(r) != left_out]
-        parameters = fit(rest, start) if any(r.tuned for r in own) else start
-        time = _Rows(own).predicted(parameters)
-        checks |= {r.name: Check(r, *map(float, t)) for r, *t in zip(own, time.expected, time.low, time.high)}
+    for left_out in dict.fromkeys(groups):
+        own = everything.only([g == left_out for g in groups])
+        rest = [row.tuned and g != left_out for row, g in zip(rows, groups)]
+        parameters = _fit(everything.only(rest), start) if any(row.tuned for row in own.rows) else start
+        time = own.predicted(own.reached(parameters))
+        checks |= {r.name: Check(r, *map(float, t)) for r, *t in zip(own.rows, time.expected, time.low, time.high)}
     return [checks[r.name] for r in rows]

@@ -8,7 +8,8 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -143,41 +144,65 @@ def prove(
 
     cpu, clock = time.process_time(), time.perf_counter()
     compiled, used, why, notes = _compile(lowered, options)
-    compile_s, compile_wall_s = time.process_time() - cpu, time.perf_counter() - clock
-
+    made = Made(
+        compiled, length, time.process_time() - cpu, time.perf_counter() - clock, used, why, tuple(notes)
+    )
     state = {name: _held(tree) for name, tree in (("params", setup.state.params), ("opt", setup.state.opt))}
     held = {
         "parameter_bytes": state["params"][0], "optimizer_bytes": state["opt"][0], "batch_bytes": _held(batch)[0],
         "host_bytes": state["params"][1] + state["opt"][1],
     }  # fmt: skip
-    hbm = on.chip.device_hbm
-    if compiled is None:
+    return proof_of(made, cfg, on, setup.mesh, held, lower_s)
+
+
+class Made(NamedTuple):
+    """What a compiler gave, and what it took."""
+
+    compiled: Any  # jax.stages.Compiled; None: there was no room for it
+    length: int  # tokens of a row
+    cpu_s: float
+    wall_s: float
+    options: Mapping[str, Any] = MappingProxyType({})
+    why: str = ""  # there was no room
+    notes: tuple[str, ...] = ()
+
+
+def proof_of(
+    made: Made, cfg: RunConfig, on: Topology, mesh: jax.sharding.Mesh, held: dict[str, int] | None = None,
+    lower_s: float = 0.0,
+) -> Proof:  # fmt: skip
+    """What a compiled training step says of itself: ours, or a peer's of the same model and batch.
+
+    Args:
+      held: bytes of the state, as fields of Proof; None: not told apart.
+    """
+    hbm, why, notes, length = on.chip.device_hbm, made.why, list(made.notes), made.length
+    held = held or dict.fromkeys(("parameter_bytes", "optimizer_bytes", "batch_bytes", "host_bytes"), 0)
+    found = most = None
+    text = ""
+    if made.compiled is None:
         kept = held["parameter_bytes"] + held["optimizer_bytes"] + held["batch_bytes"]
         asked = _asked(why)
         memory = {"peak_bytes": asked, "temporary_bytes": max(0, asked - kept), "argument_bytes": kept}
     else:
-        memory = _memory(compiled, on.chip.platform)
+        memory = _memory(made.compiled, on.chip.platform)
         if memory["peak_bytes"] > hbm:
             why = f"takes {memory['peak_bytes'] / GIB:.2f} of {hbm / GIB:.2f} GiB"
-
-    found = most = None
-    text = ""
-    if compiled is not None:
-        text, said = _text(compiled)
+        text, said = _text(made.compiled)
         notes += said
     if text:
-        found, most, said = _accounts(text, setup.mesh, cfg, on.chip, length)
+        found, most, said = _accounts(text, mesh, cfg, on.chip, length)
         notes += said
     tokens = cfg.batch * length / on.devices
     return Proof(
-        on=on, mesh=dict(setup.mesh.shape), rows=cfg.batch, length=length, fits=not why, why=why, hbm_bytes=hbm,
+        on=on, mesh=dict(mesh.shape), rows=cfg.batch, length=length, fits=not why, why=why, hbm_bytes=hbm,
         **memory, **held,
         model_flops=tokens * flops_per_token(cfg.model, length).train,
         model_flops_square=tokens * flops_per_token(cfg.model, length, causal=False).train,
         hardware_flops=found.flops + found.kernel_flops if found else 0.0,
-        account=found, most=most, lower_s=lower_s, compile_s=compile_s, compile_wall_s=compile_wall_s,
+        account=found, most=most, lower_s=lower_s, compile_s=made.cpu_s, compile_wall_s=made.wall_s,
         rss_bytes=_peak_rss(), text_sha256=hashlib.sha256(text.encode()).hexdigest() if text else "",
-        options=used, notes=tuple(notes),
+        options=dict(made.options), notes=tuple(notes),
     )  # fmt: skip
 
 

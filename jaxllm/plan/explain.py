@@ -110,7 +110,7 @@ class Change:
 
 
 def changes(cfg: RunConfig, found: Found, reached: Calibration | None = None) -> list[Change]:
-    """What one change would bring, each with a search of its own; the most helpful first."""
+    """What one change would bring, each with a search of its own among the best meshes; the most helpful first."""
     on, reached = found.on, reached or calibration(found.on)
     chip = on.chip
 
@@ -132,7 +132,7 @@ def changes(cfg: RunConfig, found: Found, reached: Calibration | None = None) ->
     now = found.best.estimate.time.expected[0] / found.job.tokens
     for what, run, other in trials:
         try:
-            best = search(run, other, length=found.job.sizes.length, reached=reached, keep=1)
+            best = search(run, other, length=found.job.sizes.length, reached=reached, keep=1, among=found.meshes)
         except UserError:
             continue
         made.append(Change(what, 1 - best.best.expected / best.job.tokens / float(now), best.best))

@@ -9,7 +9,6 @@ those of its published scripts and defaults.
 
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -108,30 +107,10 @@ def maxtext(case: Case) -> Any:
         "train_compile", str(base), f"compile_topology={case.topology}", "compile_topology_num_slices=1",
         f"per_device_batch_size={case.rows}", f"max_target_length={case.length}", "use_iota_embed=true", *case.maxtext,
     ])  # fmt: skip
-    return proof_of(seen, case)
+    from jaxllm.plan.compiled import Made, proof_of
 
-
-def proof_of(seen: dict[str, Any], case: Case) -> Any:
-    """The figures of a compiled program that is not ours, counted as ours are."""
-    from jaxllm.models.count import flops_per_token
-    from jaxllm.plan import compiled as c
-    from jaxllm.plan.topology import topology
-
-    on, cfg, length = topology(case.topology), config(case), case.length
-    text, notes = c._text(seen["compiled"])
-    found, most, said = c._accounts(text, seen["mesh"], cfg, on.chip, length)
-    tokens = case.rows * length
-    memory = c._memory(seen["compiled"])
-    hbm = on.chip.device_hbm
-    return c.Proof(
-        on=on, mesh=dict(seen["mesh"].shape), rows=cfg.batch, length=length, fits=memory["peak_bytes"] <= hbm, why="",
-        hbm_bytes=hbm, parameter_bytes=0, optimizer_bytes=0, batch_bytes=0, host_bytes=0, **memory,
-        model_flops=tokens * flops_per_token(cfg.model, length).train,
-        model_flops_square=tokens * flops_per_token(cfg.model, length, causal=False).train,
-        hardware_flops=found.flops + found.kernel_flops, account=found, most=most, lower_s=0.0, compile_s=seen["cpu"],
-        compile_wall_s=seen["wall"], rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, text_sha256="",
-        options={}, notes=(*notes, *said),
-    )  # fmt: skip
+    made = Made(seen["compiled"], case.length, seen["cpu"], seen["wall"])
+    return proof_of(made, config(case), on, seen["mesh"])
 
 
 def record(proof: Any) -> dict[str, Any]:

@@ -23,10 +23,10 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def times(self, factor: float) -> "Interval":
+    def times(self, factor: float | int) -> "Interval":
         return Interval(self.low * factor, self.high * factor)
 
-    def over(self, numerator: float) -> "Interval":
+    def over(self, numerator: float | int) -> "Interval":
         """numerator / value."""
         return Interval(numerator / self.high, numerator / self.low)
 
@@ -191,7 +191,7 @@ def seconds(c: "Collective", on: Topology, mesh: dict[str, int]) -> float:
 class Cost:
     """Predicted cost of training on so many tokens, each an interval; None where what it takes was not given."""
 
-    tokens: float
+    tokens: float | int
     chips: int
     hours: Interval  # on the clock, without waiting, restarts and evaluations
     chip_hours: Interval
@@ -213,12 +213,12 @@ class Cost:
 
 def training_cost(
     prediction: Prediction,
-    tokens: float,
+    tokens: float | int,
     *,
-    price_per_chip_hour: float | None = None,
-    pue: float = 1.1,
-    grid_g_per_kwh: float | None = None,
-    watts: float | None = None,
+    price_per_chip_hour: float | int | None = None,
+    pue: float | int = 1.1,
+    grid_g_per_kwh: float | int | None = None,
+    watts: float | int | None = None,
 ) -> Cost:
     """Time, energy, emissions and money to train on `tokens` tokens at the predicted speed.
 

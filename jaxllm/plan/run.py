@@ -115,7 +115,7 @@ def _found(found: "Found") -> dict[str, Any]:
 
 
 def _ranked(p: Any) -> dict[str, Any]:
-    compiled = {"peak_bytes": p.proof.peak_bytes, "fits": p.proof.fits} if p.proof else {}
+    compiled = {"peak_bytes": p.verdict.peak_bytes, "fits": p.verdict.fits} if p.verdict else {}
     return {"overrides": p.overrides, "expected_ms": 1e3 * p.expected, "formula_peak_bytes": p.peak} | compiled
 
 

@@ -100,7 +100,7 @@ class Remats(NamedTuple):
 
 def remats() -> Remats:
     """Every set of attention, projections, residual stream and feed-forward inputs; the host; and nothing again."""
-    parts = (("attention",), ("q", "k", "v"), ("residual",), ("gate", "up"))
+    parts = (("attention",), ("q",), ("k", "v"), ("residual",), ("gate", "up"))
     sets = [sum(some, ()) for k in range(1, len(parts) + 1) for some in itertools.combinations(parts, k)]
     plain = {frozenset(ATTENTION): "save_attention"}
     values = ["full", *(plain.get(frozenset(s), s) for s in sets), "offload", "none"]
@@ -158,10 +158,10 @@ def of_mesh(job: Job, on: Topology, mesh: dict[str, int], choices: Remats) -> Pl
     )  # fmt: skip
 
 
-def space(job: Job, on: Topology, choices: Remats) -> Iterator[Plans]:
-    """Every plan, in pieces of about CHUNK."""
+def space(job: Job, on: Topology, choices: Remats, among: Sequence[dict[str, int]] | None = None) -> Iterator[Plans]:
+    """Every plan on the meshes `among` (None: all that divide), in pieces of about CHUNK."""
     waiting: list[Plans] = []
-    for mesh in meshes(job, on):
+    for mesh in meshes(job, on) if among is None else among:
         waiting.append(of_mesh(job, on, mesh, choices))
         if sum(map(len, waiting)) >= CHUNK:
             yield _together(waiting)
@@ -216,6 +216,10 @@ class Plan:
         return self.verdict.expected_ms / 1e3 if self.verdict else float(self.estimate.time.expected[0])
 
     @property
+    def mesh(self) -> dict[str, int]:
+        return {axis: int(getattr(self.plans, axis)[0]) for axis in AXES}
+
+    @property
     def peak(self) -> float:
         """Predicted bytes of a device."""
         return float(self.estimate.memory.peak[0])
@@ -227,6 +231,7 @@ class Found(NamedTuple):
     on: Topology
     job: Job
     ranked: tuple[Plan, ...]  # the best of each mesh, the best first
+    meshes: tuple[dict[str, int], ...]  # of the best plans by formula, the best first
     seen: int  # plans whose time and memory were predicted
     fitting: int  # of them, those that fit
     exact: bool  # whether that was the whole space
@@ -245,7 +250,8 @@ def search(
     reached: Calibration | None = None,
     verify: Callable[[RunConfig], Verdict] | None = None,
     k: int = 3,
-    keep: int = 10,
+    keep: int = 20,
+    among: Sequence[dict[str, int]] | None = None,
 ) -> Found:
     """The fastest plans of those that fit, one a mesh; model, batch and row length stay as they are.
 
@@ -254,13 +260,14 @@ def search(
       verify: compiles a plan. The best `k` are verified; those that do not fit make place for a plan of the same mesh
         that takes less, and the rest is ranked by the compiled prediction.
       keep: plans to return.
+      among: meshes to stay with; None: all that divide.
 
     Raises:
       UserError: no mesh divides the model and its batch, or nothing fits; says what would.
     """
     job, choices, reached = job_of(cfg, length), remats(), reached or calibration(on)
     best, seen, fitting, smallest, exact = {}, 0, 0, math.inf, True
-    for plans in space(job, on, choices):
+    for plans in space(job, on, choices, among):
         if seen + len(plans) > LIMIT:
             exact = False
             break
@@ -282,7 +289,7 @@ def search(
             break
     if not ranked:
         raise UserError(f"every plan that fits {on.name} asks for parts that do not go together in this run")
-    found = Found(on, job, tuple(ranked), seen, fitting, exact)
+    found = Found(on, job, tuple(ranked), tuple(plan.mesh for plan in ranked), seen, fitting, exact)
     return verified(found, cfg, choices, reached, verify, k) if verify else found
 
 
@@ -459,8 +466,7 @@ def _smaller(
     found: Found, cfg: RunConfig, plan: Plan, factor: float, choices: Remats, reached: Calibration
 ) -> Plan | None:
     """The fastest plan of the same mesh that fits if the formulas are as far off for it; None: there is none."""
-    mesh = {axis: int(getattr(plan.plans, axis)[0]) for axis in AXES}
-    plans = of_mesh(found.job, found.on, mesh, choices)
+    plans = of_mesh(found.job, found.on, plan.mesh, choices)
     peak = memory(found.job, plans).peak
     plans = plans.take((peak * factor <= found.on.chip.device_hbm) & (peak < 0.98 * plan.peak))
     if not len(plans):

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from jaxllm.core.shapes import Array, Key, PyTree
+from jaxllm.core.shapes import Array, Bool, Key, PyTree
 from jaxllm.models.module import Axes, Params
 from jaxllm.parallel.collectives import by_device
 from jaxllm.parallel.compress import all_reduce
@@ -37,14 +38,25 @@ def places(mesh: jax.sharding.Mesh, gradients: Rules, residual: Params, axes: Ax
     return shardings(mesh, gradients, {name: replicas.spread(axes[name]) for name in residual}, residual)
 
 
-def by_replica(gradients: Callable, axes: Axes, count: int) -> Callable:
-    """Like `gradients`: (batch, key) -> (gradients, weight, sums), but with an axis of replicas in each gradient."""
-    dims = {name: replicas.dim(a) for name, a in axes.items()}
+def by_replica(gradients: Callable, where: dict[str, Any], rules: Rules, axes: Axes) -> Callable:
+    """Like `gradients`: (weights, batch, key) -> (gradients, weight, sums), but with an axis of replicas in each gradient.
 
-    def run(batch: PyTree, key: Key[Array, ""] | None) -> tuple[Params, Array, PyTree]:
+    Args:
+      where: shardings of the weights.
+      rules: of activations.
+    """
+    dims = {name: replicas.dim(a) for name, a in axes.items()}
+    mesh = next(iter(where.values())).mesh
+    count = mesh.shape[replicas.AXIS]
+
+    def run(params: Params, batch: PyTree, key: Key[Array, ""] | None) -> tuple[Params, Array, PyTree]:
+        # Each device computes with what it holds. One copy for all replicas would be the same there, but not to XLA,
+        # which then gathers embedded tokens over `data`.
+        apart = {n: replicas.copies(x, axes[n], count) for n, x in params.items()}
+        apart = jax.lax.with_sharding_constraint(apart, {n: replicas.placed(where[n], axes[n]) for n in params})
         keys = None if key is None else jax.random.split(key, count)
-        mapped = replicas.over(gradients, in_axes=(0, 0), out_axes=(dims, 0, 0))
-        grads, weight, sums = mapped(replicas.rows(batch, count), keys)
+        mapped = replicas.over(gradients, in_axes=(dims, 0, 0), out_axes=(dims, 0, 0))
+        grads, weight, sums = mapped(apart, replicas.rows(batch, mesh, rules), keys)
         return grads, jnp.sum(weight), jax.tree.map(lambda x: jnp.sum(x, 0), sums)
 
     return run
@@ -58,8 +70,9 @@ def exchange(
     axes: Axes,
     grads: Params,
     residual: Params,
+    wanted: Bool[Array, ""] | bool,
 ) -> tuple[Params, Params]:
-    """The sum over replicas of gradients and residuals, and the residuals that are left.
+    """The sum over replicas of gradients and residuals, and the residuals that are left: those given, if not `wanted`.
 
     Args:
       residual_at: shardings of `residual`, and of `grads`.
@@ -67,11 +80,13 @@ def exchange(
     """
     specs, summed = ({name: s.spec for name, s in at.items()} for at in (residual_at, gradients_at))
 
-    def local(grads: Params, residual: Params) -> tuple[Params, Params]:
-        total, lost = {}, {}
+    def local(grads: Params, residual: Params, wanted: Array) -> tuple[Params, Params]:
+        total, left = {}, {}
         for name, g in grads.items():
-            total[name], lost[name] = all_reduce(g + residual[name], replicas.AXIS, cfg.block)
+            total[name], lost = all_reduce(g + residual[name], replicas.AXIS, cfg.block)
             total[name] = jnp.squeeze(total[name], replicas.dim(axes[name]))
-        return total, lost
+            left[name] = jnp.where(wanted, lost, residual[name])
+        return total, left
 
-    return by_device(local, mesh, (specs, specs), (summed, specs))(grads, residual)
+    run = by_device(local, mesh, (specs, specs, PartitionSpec()), (summed, specs))
+    return run(grads, residual, jnp.asarray(wanted))

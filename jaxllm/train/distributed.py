@@ -54,7 +54,7 @@ def find(cfg: Distributed, env: Mapping[str, str], platforms: str | None) -> Pla
     """Where this process stands among others, by the config and the variables of its launcher; None: it is alone.
 
     Args:
-      platforms: `jax.config.jax_platforms`; importing JAX sets it and TPU_SKIP_MDS_QUERY by whether there are TPU chips.
+      platforms: `jax.config.jax_platforms`; JAX sets it and TPU_SKIP_MDS_QUERY by whether there are TPU chips.
     Raises:
       ConfigError: what was asked for is not there, or only half of it.
     """

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxllm.core.shapes import PyTree
 from jaxllm.models.module import Axes, Params
-from jaxllm.parallel.config import DiLoCo, Outer, Sharding
+from jaxllm.parallel.config import DiLoCo, Outer, Rules, Sharding
 from jaxllm.parallel.sharding import sharding, shardings
 from jaxllm.train import replicas
 
@@ -59,17 +59,21 @@ def places(mesh: jax.sharding.Mesh, rules: Sharding, state: Any, axes: Axes, opt
     )
 
 
-def make_step(cfg: Outer, last: int, step: Callable, state: Any, axes: Axes, opt_axes: PyTree) -> Callable:
+def make_step(
+    cfg: Outer, last: int, step: Callable, state: Any, rules: Rules, axes: Axes, opt_axes: PyTree
+) -> Callable:
     """(state, batch) -> (state, sums): a step of every replica on its rows, and a meeting if it is due.
 
     Args:
       last: the step that ends the run.
       step: (state, batch, replica) -> (state, sums) of one replica.
       state: shapes and shardings of the train state.
+      rules: of activations.
     """
     where = jax.tree.map(lambda x: x.sharding, state)
     dims = {name: replicas.dim(a) for name, a in axes.items()}
-    count = next(x.shape[dims[name]] for name, x in state.opt.params.items())
+    mesh = where.step.mesh
+    count = mesh.shape[replicas.AXIS]
     each = state._replace(
         step=None, params=dims, opt=jax.tree.map(lambda _, a: replicas.dim(a), state.opt.opt, opt_axes), scale=0
     )
@@ -83,7 +87,7 @@ def make_step(cfg: Outer, last: int, step: Callable, state: Any, axes: Axes, opt
     def outer_step(state, batch):
         apart = state._replace(params=state.opt.params, opt=state.opt.opt)
         mapped = replicas.over(step, in_axes=(each, 0, 0), out_axes=(each, 0))
-        apart, sums = mapped(apart, replicas.rows(batch, count), jnp.arange(count))
+        apart, sums = mapped(apart, replicas.rows(batch, mesh, rules), jnp.arange(count))
         due = (apart.step % cfg.every == 0) | (apart.step == last)
         params, copies, velocity = jax.lax.cond(
             due, meet, lambda *same: same, state.params, apart.params, state.opt.velocity

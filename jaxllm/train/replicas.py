@@ -9,9 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxllm.core.shapes import Array, PyTree
-from jaxllm.parallel.config import Rules, Sharding
+from jaxllm.core.shapes import Array
+from jaxllm.parallel.collectives import axis_names
+from jaxllm.parallel.config import Rules
+from jaxllm.parallel.sharding import batch_shardings
 
 AXIS = "data"  # mesh axis that counts replicas
 
@@ -34,22 +37,28 @@ def copies(x: Array, axes: Axes, count: int) -> Array:
     return jnp.broadcast_to(jnp.expand_dims(x, at), (*x.shape[:at], count, *x.shape[at:]))
 
 
+def placed(where: NamedSharding, axes: Axes) -> NamedSharding:
+    """Where copies lie, each on its share of `data`, of an array that lies as `where` says."""
+    at = dim(axes)
+    spec = (*where.spec, *(None,) * (at - len(where.spec)))
+    return NamedSharding(where.mesh, PartitionSpec(*spec[:at], AXIS, *spec[at:]))
+
+
 def over(fn: Callable, in_axes: Any, out_axes: Any) -> Callable:
     """`fn` of one replica, for all of them; in it, no mesh axis is named `data`."""
     return jax.vmap(fn, in_axes=in_axes, out_axes=out_axes, spmd_axis_name=AXIS)
 
 
-def rows(batch: PyTree, count: int) -> PyTree:
-    """The rows of each replica, by replica."""
-    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+def rows(batch: dict[str, Array], mesh: jax.sharding.Mesh, rules: Rules) -> dict[str, Array]:
+    """The rows of each replica, by replica; `rules` are those of activations."""
+    count = mesh.shape[AXIS]
+    parts = {k: jax.ShapeDtypeStruct((x.shape[0] // count, *x.shape[1:]), x.dtype) for k, x in batch.items()}
+    inside = batch_shardings(mesh, within(rules), parts)
+    where = {k: NamedSharding(mesh, PartitionSpec(AXIS, *s.spec)) for k, s in inside.items()}
+    # Said outright: XLA would take rows of a replica to be what `data` shares out.
+    return jax.lax.with_sharding_constraint({k: x.reshape(count, *parts[k].shape) for k, x in batch.items()}, where)
 
 
-def within(sharding: Sharding) -> Sharding:
-    """The rules inside a replica: its rows are not shared out over `data`."""
-    without = {name: _without(getattr(sharding.activations, name)) for name in Rules.model_fields if name != "replicas"}
-    return sharding.model_copy(update={"activations": sharding.activations.model_copy(update=without)})
-
-
-def _without(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return tuple(n for n in names if n != AXIS) or None
+def within(rules: Rules) -> Rules:
+    """The rules of activations inside a replica: its rows are not shared out over `data`."""
+    return rules.model_copy(update={"batch": tuple(n for n in axis_names(rules.batch) if n != AXIS) or None})

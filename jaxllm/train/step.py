@@ -123,7 +123,7 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
     step = functools.partial(train_step, setup)
     if cfg.outer is not None:
         alone = functools.partial(train_step, within_replica(setup))
-        step = outer.make_step(cfg.outer, cfg.steps, alone, setup.state, setup.axes, setup.opt_axes)
+        step = outer.make_step(cfg.outer, cfg.steps, alone, setup.state, cfg.sharding.activations, setup.axes, setup.opt_axes)
     where = jax.tree.map(lambda x: x.sharding, setup.state)
     return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
 
@@ -137,30 +137,32 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if dropout else None
     if dropout and replica is not None:
         key = jax.random.fold_in(key, replica)
-    light = state._replace(params=weights(setup, state.params))
-    opt, compute = state.opt, functools.partial(gradients, setup, light)
+    inside = setup if cfg.compression is None else within_replica(setup)
+    compute = lambda params, batch, key: gradients(inside, state._replace(params=params), batch, key)
+    opt = state.opt
     if cfg.compression is not None:
         opt, residual = state.opt
-        compute = functools.partial(gradients, within_replica(setup), light)
-        compute = compressed.by_replica(compute, setup.axes, setup.mesh.shape["data"])
-    grads, weight, sums = compute(batch, key)
+        where = {name: x.sharding for name, x in setup.state.params.items()}
+        compute = compressed.by_replica(compute, where, cfg.sharding.activations, setup.axes)
+    grads, weight, sums = compute(weights(setup, state.params), batch, key)
     # Gradients are of sums over tokens: one division by the weight of the whole batch makes the mean exact
     # whatever the microbatches weigh.
     per = 1 / jnp.where(weight > 0, weight, 1) / (1 if state.scale is None else state.scale.scale)
+    finite = jnp.isfinite(sums["loss"][0])
     if cfg.compression is not None:
+        grads, per = times(per, grads), jnp.float32(1)
+        finite &= jnp.isfinite(optax.tree.norm(grads))  # now: the residuals need not wait for the sum
         where = jax.tree.map(lambda x: x.sharding, setup.state.opt.residual)
-        grads, left = compressed.exchange(
-            cfg.compression, setup.mesh, where, setup.gradients, setup.axes, times(per, grads), residual
+        grads, residual = compressed.exchange(
+            cfg.compression, setup.mesh, where, setup.gradients, setup.axes, grads, residual, finite if skips(cfg) else True
         )
-        per = jnp.float32(1)
     norm = optax.tree.norm(times(per, grads))
     if cfg.clip is not None:  # Pascanu et al. 2012, arXiv:1211.5063
         per *= jnp.minimum(1, cfg.clip / jnp.maximum(norm, 1e-12))
-    finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"][0])
-    wanted = finite if skips(cfg) else True
-    params, opt = updated(setup, grads, per, state.params, opt, wanted)
+    finite &= jnp.isfinite(norm)
+    params, opt = updated(setup, grads, per, state.params, opt, finite if skips(cfg) else True)
     if cfg.compression is not None:
-        opt = compressed.Fed(opt, chosen(wanted, left, residual))
+        opt = compressed.Fed(opt, residual)
     scale = None if state.scale is None else adjust(cfg.precision, state.scale, finite)
     one = jnp.float32(1)
     sums |= {"grad_norm": (jnp.where(finite, norm, 0), finite * one), "nonfinite": (one - finite, one)}
@@ -193,19 +195,22 @@ def chosen(wanted: Bool[Array, ""] | bool, new: PyTree, old: PyTree) -> PyTree:
 
 
 def weights(setup: Setup, params: Params) -> Params:
-    """What the model computes with; of a run that offloads, on the device and in the type of compute.
+    """What the model computes with: on the device, and in the type of compute where copies of it are made.
 
-    So are then the gradients, of which the whole lies there at once: the update makes them float32 group by group.
+    Of that type are then the gradients, too; who uses them part by part makes each part float32.
     """
     if setup.cfg.offload.parameters:
         where = {name: x.sharding for name, x in setup.state.params.items()}
         return offload.copies(params, setup.policy.cast, where)
-    return setup.policy.cast(params) if setup.cfg.offload.optimizer else params
+    apart = setup.cfg.offload.optimizer or setup.cfg.compression is not None
+    return setup.policy.cast(params) if apart else params
 
 
 def within_replica(setup: Setup) -> Setup:
     """The run of one replica, over the mesh axes beside `data`."""
-    update = {"sharding": replicas.within(setup.cfg.sharding), "outer": None, "compression": None}
+    rules = setup.cfg.sharding
+    rules = rules.model_copy(update={"activations": replicas.within(rules.activations)})
+    update = {"sharding": rules, "outer": None, "compression": None}
     return setup._replace(cfg=setup.cfg.model_copy(update=update))
 
 

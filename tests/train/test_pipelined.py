@@ -39,9 +39,14 @@ def setup_of(cfg: RunConfig) -> Setup:
 
 
 @functools.cache
-def compiled(cfg: RunConfig, length: int = LENGTH):
+def traced(cfg: RunConfig, length: int = LENGTH):
     setup = setup_of(cfg)
-    return make_train_step(setup).lower(setup.state, abstract_batch(setup, cfg.batch, length)).compile(FAST)
+    return make_train_step(setup).trace(setup.state, abstract_batch(setup, cfg.batch, length))
+
+
+@functools.cache
+def compiled(cfg: RunConfig, length: int = LENGTH):
+    return traced(cfg, length).lower().compile(FAST)
 
 
 @functools.cache
@@ -79,31 +84,238 @@ def assert_trains_as_one_device(*overrides: str, rtol: float = 1e-5, **model) ->
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * rtol)
     assert weights.keys() == expected_weights.keys()
     for name in weights:
-        np.testing.assert_allclose(weights[name], expected_weights[name], atol=20 * rtol / 10, err_msg=name)
+        np.testing.assert_allclose(weights[name], expected_weights[name], atol=2 * rtol, err_msg=name)
+    # Any other permutation would be one of all devices, of which some are elsewhere in the program.
+    permutations = [line for line in compiled(piped).as_text().splitlines() if " collective-permute(" in line]
+    assert permutations and all("cond/branch_" in line and "/ppermute" in line for line in permutations)
 
 
 DEEP = random_model(0) | {"num_layers": 7, "tie": True}
 PAIRS = random_model(1) | {"num_layers": 8, "pattern": [{}, {"ffn": {"mlp": 24}}], "tie": False}
-DROPOUT = "model.dropout={embedding: 0.1, attention: 0.1, residual: 0.1}"
+ON_THREE = ("mesh.pipe=3", "accumulate=4")  # more microbatches than stages, and no multiple of them
+KINDS = ("gpipe", "1f1b", "interleaved", "zb_h1")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_schedule_trains_as_one_device_does(kind):
+    assert_trains_as_one_device(f"pipeline.schedule={kind}", *ON_THREE, **DEEP)  # 7 layers: stages are uneven
+
+
+@pytest.mark.parametrize(
+    ("kind", "axis"), [("1f1b", "fsdp"), ("interleaved", "data"), ("zb_h1", "tensor")]
+)
+def test_a_pipeline_goes_with_other_mesh_axes(kind, axis):
+    assert_trains_as_one_device(
+        f"pipeline.schedule={kind}", "mesh.pipe=2", f"mesh.{axis}=2", "accumulate=4", **PAIRS
+    )
+
+
+def test_a_pipeline_that_computes_nothing_twice_trains_the_same():
+    more = ("pipeline.recompute=false", "pipeline.stages=[1, 1, 1, 4]")
+    assert_trains_as_one_device("pipeline.schedule=zb_h1", "mesh.pipe=4", "accumulate=4", *more, **DEEP)
+
+
+def test_slices_of_tokens_train_as_whole_rows_do():
+    assert_trains_as_one_device("pipeline.schedule={kind: gpipe, slices: 4}", *ON_THREE, **DEEP)
+
+
+def test_a_pipeline_draws_the_same_dropout_and_backpropagates_a_scaled_loss():
+    dropout = "model.dropout={embedding: 0.1, attention: 0.1, residual: 0.1}"
+    half = "precision={kind: float16, initial_scale: 1024}"
+    assert_trains_as_one_device("mesh.pipe=2", "accumulate=2", dropout, half, rtol=2e-3)
+
+
+# --- what it costs ---------------------------------------------------------------------------------------------------
+
+
+def jaxprs(jaxpr):
+    """A program and all within it."""
+    yield jaxpr
+    for e in jaxpr.eqns:
+        for inner in jaxprs_in_params(e.params):
+            yield from jaxprs(inner)
+
+
+def ticks_of(cfg: RunConfig):
+    """The scan over ticks: the one in which devices send."""
+    scans = [e for j in jaxprs(traced(cfg).jaxpr.jaxpr) for e in j.eqns if e.primitive.name == "scan"]
+    inner = {id(e): [i for j in jaxprs_in_params(e.params) for i in jaxprs(j)] for e in scans}
+    (found,) = [e for e in scans if any(i.primitive.name == "ppermute" for j in inner[id(e)] for i in j.eqns)]
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_compiled_program_idles_as_long_as_the_formula_says(kind):
+    p, m, v = 3, 4, 2 if kind == "interleaved" else 1
+    share = {"zb_h1": (p - 1) / (3 * m + p - 1)}.get(kind, (p - 1) / (v * m + p - 1))
+    cfg = run_config(f"pipeline.schedule={kind}", *ON_THREE, **DEEP)
+    whole = 3 * m + p - 1 if kind == "zb_h1" else 2 * (v * m + p - 1)
+    counts = [int(n) for n in re.findall(r'known_trip_count":\{"n":"(\d+)"', compiled(cfg).as_text())]
+    assert ticks_of(cfg).params["length"] == whole and counts.count(whole) == 1
+    (cells,) = [c for c in traced(cfg).jaxpr.consts if np.shape(c)[:2] == (p, whole)]
+    idle = np.asarray(cells)[:, :, 0] == IDLE
+    np.testing.assert_allclose(idle.mean(1), share)  # of every device
+
+
+def products(jaxpr) -> int:
+    """Floating-point operations of matrix products; those in a loop of unknown length once."""
+    total = 0
+    for e in jaxpr.eqns:
+        if e.primitive.name == "dot_general":
+            (contracted, _), _ = e.params["dimension_numbers"]
+            left = e.invars[0].aval.shape
+            total += 2 * math.prod(e.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+        times = e.params["length"] if e.primitive.name == "scan" else 1
+        total += times * sum(map(products, jaxprs_in_params(e.params)))
+    return total
+
+
+def passes(cfg: RunConfig) -> list[int]:
+    """Operations of F, B and W: the loops of no or one iteration that a tick has."""
+    (tick,) = jaxprs_in_params(ticks_of(cfg).params)
+    return [sum(map(products, jaxprs_in_params(e.params))) for e in tick.eqns if e.primitive.name == "while"]
+
+
+def test_cutting_the_backward_pass_in_two_adds_no_products():
+    run = functools.partial(run_config, *ON_THREE, **DEEP)
+    f, b, w = passes(run("pipeline.schedule=zb_h1"))
+    whole_f, whole_b = passes(run("pipeline.schedule=1f1b"))
+    assert f == whole_f and b + w == whole_b
+    matrices = [x for name, x in setup_of(run()).state.params.items() if ".w_" in name]
+    tokens = 8 // 4 * LENGTH
+    assert w == sum(2 * tokens * math.prod(x.shape[1:]) for x in matrices)  # all products with weights, no other
+    assert passes(run("pipeline.schedule=1f1b", "pipeline.recompute=false"))[1] == whole_b  # but runs less of it
+
+
+@functools.cache
+def temporary(kind: str, m: int, *more: str) -> int:
+    """Bytes on a device besides the train state and the batch; microbatches are of 8 rows of 64 tokens."""
+    cfg = run_config(f"pipeline.schedule={kind}", "mesh.pipe=2", f"accumulate={m}", f"batch={8 * m}", "model.context=64", *more)
+    return compiled(cfg, 64).memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_1f1b_does_not_grow_with_microbatches_and_that_of_gpipe_does():
+    x, batch = 8 * 64 * 32 * 4, (5 * 64 + 1) * 8 * 4  # bytes of a stage's input, and of a microbatch as it comes
+    assert temporary("1f1b", 12) - temporary("1f1b", 4) <= 8 * 2 * batch
+    assert temporary("gpipe", 12) - temporary("gpipe", 4) >= 8 * x
+    assert x > 2 * batch
+
+
+def test_a_device_has_the_layers_of_its_stages_only():
+    cfg = run_config("pipeline.schedule=1f1b", "mesh.pipe=2", "mesh.fsdp=2", "accumulate=4", **PAIRS)
+    setup, state = setup_of(cfg), start(cfg)
+    first = jax.devices()[0]
+    for name, x in state.params.items():
+        if name.startswith("blocks."):
+            (mine,) = [s.data for s in x.addressable_shards if s.device == first]
+            assert mine.shape[0] == 2 and x.shape[0] == 4
+    whole = {",".join(map(str, x.shape[:1] + shard[1:])) for name, x in setup.state.params.items()
+             if ".w_" in name for shard in (x.shape, x.sharding.shard_shape(x.shape))}  # fmt: skip
+    assert not [shape for shape in whole if f"[{shape}]" in compiled(cfg).as_text()]
+
+
+# --- where layers lie ------------------------------------------------------------------------------------------------
+
+
+INTERLEAVED = ("pipeline.schedule=interleaved", *ON_THREE)
+
+
+def test_stages_lie_device_after_device_and_what_is_left_over_is_zero():
+    setup = setup_of(run_config(*INTERLEAVED, **DEEP))
+    # groups 0, 1 | 2 | 3 | 4 | 5 | 6; device d has stages d and d + 3
+    assert setup.places == (0, 1, 4, -1, 2, -1, 5, -1, 3, -1, 6, -1)
+    fresh = jax.device_get(init_state(setup).params)
+    for name, x in unstack(fresh, setup.cfg.model, setup.places).items():
+        np.testing.assert_array_equal(x, first_weights(setup.cfg.model)[name])
+    for name, x in fresh.items():
+        if name.startswith("blocks."):
+            assert not x[[i for i, g in enumerate(setup.places) if g < 0]].any()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion", "sgd", "muon"])
+def test_no_optimizer_moves_what_is_zero(optimizer):
+    cfg = run_config(f"optimizer={{kind: {optimizer}, learning_rate: 0.1, weight_decay: 0.1}}").optimizer
+    axes = {"w": ("layers", "embed", "mlp"), "b": ("layers", "mlp"), "embedding": ("vocab", "embed")}
+    params = {"w": jnp.ones((2, 4, 6)).at[1].set(0), "b": jnp.ones((2, 6)).at[1].set(0), "embedding": jnp.ones((5, 4))}
+    tx = optimizers.build(cfg, lambda step: 0.1, axes)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state, params)  # gradients that are zero in the same place
+        params = jax.tree.map(jnp.add, params, updates)
+    assert not params["w"][1].any() and not params["b"][1].any()
+    assert params["w"][0].any() and jnp.isfinite(params["w"]).all()
+
+
+@pytest.mark.parametrize("way", ["from a pipeline", "to a pipeline"])
+def test_a_checkpoint_does_not_know_the_stages(way, tmp_path):
+    piped, alone = run_config(*INTERLEAVED, **DEEP), run_config("accumulate=4", **DEEP)
+    saved, loaded = (piped, alone) if way == "from a pipeline" else (alone, piped)
+    setup, other = setup_of(saved), setup_of(loaded)
+    state = start(saved)
+    state = state._replace(opt=jax.tree.map(lambda x, p: x if x.ndim == 0 else x, state.opt, state.opt))
+    with Checkpointer(tmp_path, Checkpoints(asynchronous=False), saved.model, places=setup.places) as checkpoints:
+        checkpoints.save(3, state, {})
+    back = restore(tmp_path, other.state, loaded.model, places=other.places).state
+    jax.tree.map(lambda x, like: np.testing.assert_(x.sharding.is_equivalent_to(like.sharding, x.ndim)), back, other.state)
+    for name, x in unstack(jax.device_get(back.params), loaded.model, other.places).items():
+        np.testing.assert_array_equal(x, first_weights(saved.model)[name])
+    weights = load_params(tmp_path, loaded.model, like=other.state.params, places=other.places).params
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(weights), jax.device_get(back.params))
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("overrides", "model"),
-    [
-        # more microbatches than stages, and no multiple of them
-        (("pipeline.schedule=gpipe", "mesh.pipe=3", "accumulate=4"), DEEP),
-        (("pipeline.schedule=1f1b", "mesh.pipe=3", "accumulate=4", "pipeline.stages=[1, 4, 2]"), DEEP),
-        (("pipeline.schedule=interleaved", "mesh.pipe=3", "accumulate=4"), DEEP),
-        (("pipeline.schedule=zb_h1", "mesh.pipe=3", "accumulate=4"), DEEP),
-        # beside other mesh axes
-        (("pipeline.schedule=1f1b", "mesh.pipe=2", "mesh.fsdp=2", "accumulate=4", DROPOUT), PAIRS),
-        (("pipeline.schedule=interleaved", "mesh.pipe=2", "mesh.data=2", "accumulate=4", DROPOUT), PAIRS),
-        (("pipeline.schedule=zb_h1", "mesh.pipe=2", "mesh.tensor=2", "accumulate=4", DROPOUT), PAIRS),
-        # all devices in a row; nothing computed twice
-        (("pipeline.schedule=zb_h1", "mesh.pipe=4", "accumulate=4", DROPOUT, "pipeline.recompute=false"), PAIRS),
-        (("pipeline.schedule={kind: gpipe, slices: 4}", "mesh.pipe=3", "accumulate=4"), DEEP),
-    ],
-    ids=lambda x: " ".join(x[:2]) if isinstance(x, tuple) else "",
+    [(INTERLEAVED, DEEP), (("mesh.pipe=2", "mesh.fsdp=2", "accumulate=2"), PAIRS)],
+    ids=["uneven chunks", "in parts, beside fsdp"],
 )
-def test_a_pipeline_trains_as_one_device_does(overrides, model):
-    assert_trains_as_one_device(*overrides, **model)
+def test_evaluation_goes_through_the_stages(overrides, model):
+    def sums(cfg):
+        setup = setup_of(cfg)
+        batch = place_batch(setup, random_batch())
+        step = make_eval_step(setup).lower(setup.state.params, batch).compile(FAST)
+        return jax.device_get(step(start(cfg).params, batch))
+
+    piped, alone = sums(run_config(*overrides, **model)), sums(run_config(**model))
+    assert piped.keys() == alone.keys()
+    for name in piped:
+        np.testing.assert_allclose(piped[name], alone[name], rtol=1e-5, err_msg=name)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("accumulate=2",), "mesh.pipe=4 needs as many microbatches.*accumulate=2; set accumulate to 4 or more"),
+        (("model.num_layers=5", "model.pattern=[{}, {}]"), "5 layers in a pattern of 2: 1 would be left over"),
+        (("model.num_layers=3",), "4 stages need as many layer groups, the model has 3"),
+        (("pipeline.stages=[1, 1, 3]",), r"pipeline.stages=\[1, 1, 3\] must be 4 numbers"),
+        (("remat=offload",), "set remat to save_attention"),
+        (("pipeline.schedule={kind: gpipe, slices: 2}", "model.block.attention.mask=full"), "a token sees later ones"),
+        (("pipeline.schedule={kind: gpipe, slices: 2}", "model.dropout.residual=0.1"), "drawn for whole rows"),
+        (("pipeline.schedule={kind: gpipe, slices: 2}", "pipeline.recompute=false"), "keep their inputs alone"),
+        (("sharding.activations.batch=[data, pipe]",), "for layers and nothing else: sharding.activations.batch"),
+        (("sharding.parameters.layers=null",), "for layers and nothing else: sharding.parameters.layers=None"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_pipelined_is_refused_with_its_reason(overrides, reason):
+    base = ("mesh.pipe=4", "accumulate=4", "model.num_layers=4")
+    with pytest.raises(ConfigError, match=reason):
+        run_config(*base, *overrides)
+    with pytest.raises(ConfigError, match=reason):  # how many devices there are is known later
+        set_up(run_config("mesh.pipe=-1", "mesh.fsdp=1", *base[1:], *overrides))
+
+
+def test_rows_that_do_not_divide_into_slices_are_refused():
+    cfg = run_config("pipeline.schedule={kind: gpipe, slices: 5}", "mesh.pipe=2", "accumulate=2")
+    with pytest.raises(ConfigError, match="rows of 16 tokens do not divide into pipeline.schedule.slices=5"):
+        traced(cfg)
+
+
+def test_costs_of_schedules_can_be_compared_without_running_them():
+    share = {kind: bubble(table(run_config(f"pipeline.schedule={kind}").pipeline.schedule, 4, 8)) for kind in KINDS}
+    assert share["zb_h1"] < share["interleaved"] < share["1f1b"] == pytest.approx(share["gpipe"])  # 0.11, 0.16, 0.27
