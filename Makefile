@@ -14,9 +14,9 @@ PINS := pyproject.toml constraints.txt
 install: $(VENV)/installed
 
 test: $(VENV)/installed-test
-	$(PY) -m pytest -m "not tpu_aot" $(ARGS)
+	$(PY) -m pytest -m "not tpu_aot and not slow" $(ARGS)
 
-# What needs the TPU compiler, and no TPU: every shipped config compiled for its chips among it.
+# What needs the TPU compiler, and no TPU.
 test-tpu: $(VENV)/installed-tpu
 	$(PY) -m pytest -m tpu_aot $(ARGS)
 

@@ -66,7 +66,7 @@ def test_the_listing_of_fields_is_aligned_and_survives_a_closed_pipe():
 
 @pytest.mark.parametrize("argv, told", [
     (["trian", "x.yaml"], "no verb 'trian'; did you mean 'train'?"),
-    (["zzz"], "no verb 'zzz'; known: prepare, train"),
+    (["zzz"], "no verb 'zzz'; known: prepare, plan, train"),
     (["train"], "no config given; for example: jaxllm train configs/train/quickstart.yaml"),
     (["train", "nope.yaml"], "nope.yaml: no such config file"),
     (["generate", "nope.yaml"], "nope.yaml: no such config file"),

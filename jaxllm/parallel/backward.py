@@ -15,7 +15,16 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, gensym, jaxprs_
 
 from jaxllm.core.shapes import Array, PyTree
 
-CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")  # a program within a program
+CALLS = (
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "eval_jaxpr",
+    "checkpoint",
+    "remat",
+    "remat2",
+)  # programs within one
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "pallas_call")  # what is worth putting off
 
 Leaves = list[Array | None]  # one a leaf of `w`; None: the other piece gives it
@@ -124,7 +133,7 @@ class Program:
     def __init__(self):
         self.equations: list[JaxprEqn] = []
         self.constants: dict[Var, Any] = {}
-        self._fresh = gensym()
+        self._fresh, self._any = gensym(), None
 
     def add(self, traced: ClosedJaxpr, known: Sequence[Var | Literal] = ()) -> tuple[list[Var], list[Var | Literal]]:
         """Inputs and outputs of a trace that is added; its first inputs are `known`, outputs of one added before."""
@@ -134,11 +143,9 @@ class Program:
 
     def part(self, ins: Sequence[Var], outs: Sequence[Var | Literal], equations: Sequence[JaxprEqn]) -> Callable:
         """A function of values of `ins` that gives those of `outs`, by those of the equations that it takes."""
-        jaxpr = self._any.replace(
-            constvars=list(self.constants), invars=list(ins), outvars=list(outs), eqns=leading_to(equations, outs)
-        )
-        values = list(self.constants.values())
-        return lambda *arguments: list(jax.core.eval_jaxpr(jaxpr, values, *arguments))
+        takes, values = [*self.constants, *ins], list(self.constants.values())
+        jaxpr = self._any.replace(constvars=[], invars=takes, outvars=list(outs), eqns=leading_to(equations, outs))
+        return lambda *arguments: list(jax.core.eval_jaxpr(jaxpr, (), *values, *arguments))
 
     def _write(self, traced: ClosedJaxpr, names: dict[Var, Var | Literal]) -> None:
         self.constants |= dict(zip(traced.jaxpr.constvars, traced.consts))

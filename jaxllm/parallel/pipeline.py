@@ -1,4 +1,4 @@
-"""Pipeline schedules as data: who does what at which tick, where values wait, who sends to whom. No JAX here.
+"""Pipeline schedules as data: who does what at which tick, where values wait, who sends to whom.
 
 A stage is a run of layers; stage s is chunk s // p of device s % p. In a tick each device does one thing for one unit
 (a microbatch, or a slice of its tokens): F, its stage forward; B, its stage backward; or, where the backward pass is
@@ -303,7 +303,9 @@ def _messages(table: Table) -> list[tuple[Pairs, Pairs]]:
     def chosen(tick: int) -> tuple[Pairs, Pairs]:
         (activations, gradients), idle = wanted[tick], frozenset(np.flatnonzero(table.op[tick] == IDLE).tolist())
         a, g = next(
-            (a, g) for a, g in largest_first if activations <= a <= activations | idle and gradients <= g <= gradients | idle
+            (a, g)
+            for a, g in largest_first
+            if activations <= a <= activations | idle and gradients <= g <= gradients | idle
         )
         return tuple((d, (d + 1) % p) for d in sorted(a)), tuple((d, (d - 1) % p) for d in sorted(g))
 

@@ -10,7 +10,7 @@ loop through in place, those of a conditional it copies, and here they are gradi
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +57,7 @@ class Stages(NamedTuple):
     def order(self, devices: int) -> tuple[int, ...]:
         """The group at each place of a stack, device after device, chunk after chunk; -1 for none."""
         stages = [c * devices + d for d in range(devices) for c in range(len(self.counts) // devices)]
-        return tuple(
-            self.starts[s] + i if i < self.counts[s] else -1 for s in stages for i in range(self.places)
-        )
+        return tuple(self.starts[s] + i if i < self.counts[s] else -1 for s in stages for i in range(self.places))
 
 
 class Gradients(NamedTuple):
@@ -87,9 +85,8 @@ def backpropagate(
         done = device.run(cells[0])
         return Gradients(done.d_layers, *jax.lax.psum((done.d_shared, done.sums), AXIS))
 
-    return _over_stages(on_device, mesh, Gradients(PartitionSpec(AXIS), PartitionSpec(), PartitionSpec()))(
-        program.cells.swapaxes(0, 1), layers, shared, batch
-    )
+    out_specs = Gradients(PartitionSpec(AXIS), PartitionSpec(), PartitionSpec())
+    return _over_stages(on_device, mesh, out_specs)(program.cells.swapaxes(0, 1), layers, shared, batch)
 
 
 def evaluate(
@@ -108,8 +105,8 @@ def evaluate(
 def _over_stages(fn: Callable, mesh: jax.sharding.Mesh, out_specs: PyTree) -> Callable:
     stage, everywhere = PartitionSpec(AXIS), PartitionSpec()
     return jax.shard_map(
-        fn, mesh=mesh, in_specs=(stage, stage, everywhere, everywhere), out_specs=out_specs, axis_names={AXIS},
-        check_vma=False,
+        fn, mesh=mesh, in_specs=(stage, stage, everywhere, everywhere), out_specs=out_specs,
+        axis_names={AXIS}, check_vma=False,
     )  # fmt: skip
 
 
@@ -131,7 +128,7 @@ class Carry(NamedTuple):
 
 
 class Device:
-    """What one device does. Methods map Carry to Carry; all of them are traced once."""
+    """What one device does; methods map Carry to Carry."""
 
     def __init__(self, model: Model, stages: Stages, program: Instructions, layers, shared, batch, specs, unroll: bool):
         self.model, self.stages, self.program, self.specs = model, stages, program, specs
@@ -139,30 +136,30 @@ class Device:
         self.last = len(stages.counts) - 1
         self.even = len(set(stages.counts)) == 1
         self.unroll = unroll and self.even
-        self.trains = specs is not None
         self.kinds = [op for op in (F, B, W) if op in program.cells[:, :, 0]]
+        self.trains = B in self.kinds
+        unit = model.unit(batch, jnp.int32(0))
+        self.x = jax.eval_shape(model.first, shared, unit)
+        self.sums = jax.eval_shape(lambda y: model.last(shared, y, unit)[1], self.x)
+        if self.trains:
+            group = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), layers)
+            context = jax.eval_shape(model.context, unit)
+            self.pull = Pullback(model.group, group, (self.x, model.past), context, jnp.int32(0))
 
     def start(self) -> Carry:
-        model, slots = self.model, self.program.slots
-        unit = model.unit(self.batch, jnp.int32(0))
-        x = jax.eval_shape(model.first, self.shared, unit)
-        context = jax.eval_shape(model.context, unit)
-        group = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), self.layers)
-        sums = jax.eval_shape(lambda y: model.last(self.shared, y, unit)[1], x)
-        places = jax.tree.leaves(self.layers)[0].shape[0]  # of all chunks
+        model, x, slots, here = self.model, self.x, self.program.slots, self.stages.places
         kept, waiting, d_layers, d_shared, d_past = [], [], (), (), ()
+        places = jax.tree.leaves(self.layers)[0].shape[0]  # of all chunks
         if self.trains:
-            self.pull = Pullback(model.group, group, (x, model.past), context, jnp.int32(0))
-            kept = [zeros(s, slots.kept, self.stages.places) for s in self.pull.kept]
-            waiting = [zeros(s, slots.waiting, self.stages.places) for s in self.pull.waiting if slots.waiting]
-            d_layers = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), self.layers)
-            d_shared = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), self.shared)
+            kept = [zeros(s, slots.kept, here) for s in self.pull.kept]
+            waiting = [zeros(s, slots.waiting, here) for s in self.pull.waiting] if W in self.kinds else []
+            d_layers, d_shared = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), (self.layers, self.shared))
             d_past = jax.tree.map(lambda p: zeros(p, places), model.past)
         microbatches = 1 + int(self.program.cells[:, :, Cell._fields.index("unit")].max()) // model.slices
         return Carry(
             zeros(x), zeros(x), zeros(x), zeros(x, slots.input), zeros(x, slots.gradient), kept, waiting,
             jax.tree.map(lambda p: zeros(p, microbatches, places), model.past), d_past, d_layers, d_shared,
-            jax.tree.map(zeros, sums),
+            jax.tree.map(zeros, self.sums),
         )  # fmt: skip
 
     def run(self, cells: Int[Array, "ticks fields"]) -> Carry:
@@ -171,12 +168,14 @@ class Device:
         def tick(carry: Carry, told: tuple[Array, Array]) -> tuple[Carry, None]:
             cell, route = Cell(*told[0]), told[1]
             carry = carry._replace(
-                inputs=written(carry.inputs, carry.arrived, cell.arriving),
-                gradients=written(carry.gradients, carry.arrived_gradient, cell.arriving_gradient),
+                inputs=received(carry.inputs, carry.arrived, cell.arriving),
+                gradients=received(carry.gradients, carry.arrived_gradient, cell.arriving_gradient),
             )
             for kind in self.kinds:
                 carry = when(cell.op == kind, functools.partial(ops[kind], cell), carry)
-            arrived = jax.lax.switch(route, [functools.partial(self.send, *pairs) for pairs in self.program.routes], carry.x)
+            arrived = jax.lax.switch(
+                route, [functools.partial(self.send, *pairs) for pairs in self.program.routes], carry.x
+            )
             return carry._replace(arrived=arrived[0], arrived_gradient=arrived[1]), None
 
         return jax.lax.scan(tick, self.start(), (cells, jnp.asarray(self.program.route)))[0]
@@ -195,7 +194,9 @@ class Device:
         run = functools.partial(self.run_layers, cell, unit, keep=self.trains and not self.program.recompute)
         if not self.trains:
             carry = run(carry)
-            sums = when(at_end, lambda s: jax.tree.map(jnp.add, s, model.last(self.shared, carry.x, unit)[1]), carry.sums)
+            sums = when(
+                at_end, lambda s: jax.tree.map(jnp.add, s, model.last(self.shared, carry.x, unit)[1]), carry.sums
+            )
             return carry._replace(sums=sums)
         # The last stage goes forward as it goes backward; but for slices of tokens, which look at those before them.
         return run(carry) if model.slices > 1 else when(~at_end, run, carry)
@@ -228,7 +229,7 @@ class Device:
         base = cell.chunk * self.stages.places
 
         def group(g, d_layers):
-            kept = [read(read(b, cell.waiting), g) for b in carry.waiting]
+            kept = [read(b, cell.waiting, g) for b in carry.waiting]
             more = self.pull.late(self.group_weights(base + g), context, self.number(cell, g), kept)
             return self.add_layers(d_layers, more, base + g)
 
@@ -247,14 +248,14 @@ class Device:
         def group(g, c):
             x, kept, past = c
             w, number = self.group_weights(base + g), self.number(cell, g)
-            before = jax.tree.map(lambda p: read(read(p, microbatch), base + g), past)
+            before = jax.tree.map(lambda p: read(p, microbatch, base + g), past)
             if keep:
                 (x, new), values = self.pull.forward(w, (x, before), context, number)
-                kept = [written_at(b, v, cell.kept, g) for b, v in zip(kept, values, strict=True)]
+                kept = [written(b, v, cell.kept, g) for b, v in zip(kept, values, strict=True)]
             else:
                 x, new = model.group(w, (x, before), context, number)
                 after = model.put(before, new, slice_)
-                past = jax.tree.map(lambda p, a: written_at(p, a, microbatch, base + g), past, after)
+                past = jax.tree.map(lambda p, a: written(p, a, microbatch, base + g), past, after)
             return model.settle(x), kept, past
 
         x, kept, past = self.each_group(cell, group, (x, carry.kept, carry.past))
@@ -270,13 +271,13 @@ class Device:
             dx, d_layers, waiting, d_past = c
             g = self.count(cell) - 1 - i
             w, number = self.group_weights(base + g), self.number(cell, g)
-            kept = [read(read(b, cell.kept), g) for b in carry.kept]
+            kept = [read(b, cell.kept, g) for b in carry.kept]
             # Later slices have left here what they want of this one's `new`; the last one finds another microbatch's.
             wanted = jax.tree.map(lambda p: jnp.where(slice_ == model.slices - 1, 0, read(p, base + g)), d_past)
             dy = (dx, model.take(wanted, slice_))
             if W in self.kinds:
                 dw, (dx, more), left = self.pull.early(w, context, number, kept, dy)
-                waiting = [written_at(b, v, cell.waiting, g) for b, v in zip(waiting, left, strict=True)]
+                waiting = [written(b, v, cell.waiting, g) for b, v in zip(waiting, left, strict=True)]
             else:
                 dw, (dx, more) = self.pull.backward(w, context, number, kept, dy)
             d_past = jax.tree.map(lambda p, a, b: written(p, a + b, base + g), d_past, wanted, more)
@@ -330,18 +331,19 @@ def zeros(like: jax.ShapeDtypeStruct, *leading: int) -> Array:
     return jnp.zeros((*leading, *like.shape), like.dtype)
 
 
-def read(buffer: Array, slot: Int[Array, ""]) -> Array:
-    return jax.lax.dynamic_index_in_dim(buffer, slot, 0, keepdims=False)
+def read(buffer: Array, *place: Int[Array, ""]) -> Array:
+    """What lies at a place of the leading dimensions."""
+    rest = buffer.shape[len(place) :]
+    found = jax.lax.dynamic_slice(buffer, (*place, *(0,) * len(rest)), (*(1,) * len(place), *rest))
+    return found.reshape(rest)
 
 
-def written(buffer: Array, value: Array, slot: Int[Array, ""]) -> Array:
-    """The buffer with `value` at `slot`; unchanged if that is -1."""
-    if buffer.shape[0] == 0:
-        return buffer
-    value = jnp.where(slot < 0, read(buffer, slot), value)
-    return jax.lax.dynamic_update_index_in_dim(buffer, value, slot, 0)
+def written(buffer: Array, value: Array, *place: Int[Array, ""]) -> Array:
+    """The buffer with `value` at a place of the leading dimensions."""
+    value = value.reshape((*(1,) * len(place), *value.shape))
+    return jax.lax.dynamic_update_slice(buffer, value, (*place, *(0,) * (buffer.ndim - len(place))))
 
 
-def written_at(buffer: Array, value: Array, slot: Int[Array, ""], place: Int[Array, ""]) -> Array:
-    """The buffer with `value` at [slot, place]."""
-    return jax.lax.dynamic_update_slice(buffer, value[None, None], (slot, place, *(0,) * value.ndim))
+def received(buffer: Array, value: Array, slot: Int[Array, ""]) -> Array:
+    """The buffer with `value` in a slot; unchanged if that is -1."""
+    return written(buffer, jnp.where(slot < 0, read(buffer, slot), value), slot) if buffer.shape[0] else buffer

@@ -20,7 +20,6 @@ from jaxllm.plan.hlo import (
     trip_count,
 )
 
-
 HBM, HOST = 0, 5  # memory spaces of libtpu and XLA
 
 
@@ -255,8 +254,7 @@ class _Walker:
         elif i.op == "custom-call" and _KERNEL.search(i.attributes):
             self._kernel(tally, computation, i)
         elif i.op not in _FREE:
-            n = flops(i, computation.operands(i))
-            self._spend(tally, i, n, self._traffic(computation, i))
+            self._spend(tally, computation, i, flops(i, computation.operands(i)))
         return tally
 
     # --- control flow ---
@@ -294,16 +292,18 @@ class _Walker:
 
     # --- work ---
 
-    def _spend(self, tally: _Tally, i: Instruction, products: float, traffic: float) -> None:
+    def _spend(self, tally: _Tally, computation: Computation, i: Instruction, products: float) -> None:
+        traffic = self._traffic(computation, i, HBM)
         tally.numbers["flops"] += products
         tally.numbers["traffic"] += traffic
+        tally.numbers["host_traffic"] += self._traffic(computation, i, HOST)
         known = estimated_cycles(i)
         if known is not None:
             tally.numbers["cycles", known[1]] += known[0]
-            return
-        seconds = max(products / self.chip.device_flops, traffic / self.chip.device_bandwidth)
-        if seconds:
-            tally.numbers["cycles", "roofline"] += seconds * self.chip.clock
+        elif not i.op.endswith("-done"):  # a copy that was started earlier keeps nobody busy
+            seconds = max(products / self.chip.device_flops, traffic / self.chip.device_bandwidth)
+            if seconds:
+                tally.numbers["cycles", "roofline"] += seconds * self.chip.clock
 
     def _kernel(self, tally: _Tally, computation: Computation, i: Instruction) -> None:
         known = estimated_cycles(i)
@@ -325,6 +325,8 @@ class _Walker:
         name = i.calls()[0]
         inside = self.program.computations[name]
         for x in inside.instructions:
+            if x.op == "custom-call" and _KERNEL.search(x.attributes):
+                self._kernel(tally, inside, x)  # a kernel beside which a collective runs
             if x.op not in COLLECTIVES:
                 continue
             one = self._collective(x.op, inside, x)
@@ -333,7 +335,7 @@ class _Walker:
                 flying.append(_Async(one, at, ends.of_piece(x)))
             elif role == "whole":
                 tally.collectives[one] += 1
-        self._spend(tally, i, self._products(name), self._traffic(computation, i))
+        self._spend(tally, computation, i, self._products(name))
 
     def _products(self, name: str) -> float:
         inside = self.program.computations[name]
@@ -366,7 +368,7 @@ class _Walker:
 
     # --- memory ---
 
-    def _traffic(self, computation: Computation, i: Instruction, space: int = HBM) -> float:
+    def _traffic(self, computation: Computation, i: Instruction, space: int) -> float:
         """Bytes of a memory that an instruction reads and writes: of a slice or an update in place, only that part."""
         if i.op.endswith("-start") or i.op in ("send", "recv"):
             return 0.0  # counted where it ends
@@ -378,13 +380,13 @@ class _Walker:
         if i.op == "fusion":
             return self._fused_traffic(i, inputs, space)
         if i.op in ("dynamic-slice", "slice", "gather"):
-            return sum((a.space == space) * i.bytes for x in (i, *inputs[:1]) for a in x.arrays[:1])
+            return sum(((a.space == space) * i.bytes for x in (i, *inputs[:1]) for a in x.arrays[:1]), 0.0)
         if i.op in ("dynamic-update-slice", "scatter"):
-            update = inputs[1 if i.op == "dynamic-update-slice" else -1].bytes
-            return sum((a.space == space) * update for x in (i, inputs[-1 if i.op == "scatter" else 1]) for a in x.arrays[:1])
+            update = inputs[1 if i.op == "dynamic-update-slice" else -1]
+            return sum(((a.space == space) * update.bytes for x in (i, update) for a in x.arrays[:1]), 0.0)
         if i.op == "custom-call":
             return 0.0  # buffers, names and other things of no weight: kernels and products are counted apart
-        return _bytes(i.arrays, space) + sum(_bytes(x.arrays, space) for x in inputs)
+        return sum((_bytes(x.arrays, space) for x in (i, *inputs)), 0.0)
 
     def _fused_traffic(self, i: Instruction, inputs: list[Instruction], space: int) -> float:
         inside = self.program.computations[i.calls()[0]]
@@ -400,7 +402,7 @@ class _Walker:
                 continue
             if written.op == "dynamic-update-slice":
                 total += inside.operands(written)[1].bytes
-            elif written.op not in COLLECTIVES:
+            elif written.op not in COLLECTIVES and written.op != "custom-call":
                 total += array.bytes
         return total
 

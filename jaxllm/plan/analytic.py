@@ -145,7 +145,7 @@ def _remat(policy: Kept, s: Sizes) -> _Remat:
     def of(table: dict[str, float | int], names: frozenset[str]) -> float | int:
         return sum(table[n] for n in names if n in table)
 
-    qkv = (s.queries * ("q" not in everywhere) + s.keys * ("k" not in everywhere) + s.keys * ("v" not in everywhere))
+    qkv = s.queries * ("q" not in everywhere) + s.keys * ("k" not in everywhere) + s.keys * ("v" not in everywhere)
     return _Remat(
         stream=of(stream, on_device), wide=of(wide, on_device), host_stream=of(stream, policy.host),
         host_wide=of(wide, policy.host), qkv=qkv / (s.queries + 2 * s.keys), pairs="attention" not in everywhere,
@@ -204,7 +204,7 @@ class Plans:
 
 
 class Calibration(NamedTuple):
-    """What a chip reaches of its data sheet, and how much of the transfers hides behind compute: shares, all of them."""
+    """Shares: what a chip reaches of its data sheet, and how much of the transfers hides behind compute."""
 
     products: float  # of the peak, in large matrix products
     attention: float  # of the peak, in flash attention, counting the pairs that the mask lets see
@@ -413,7 +413,7 @@ def work(job: Job, on: Topology, p: Plans) -> Work:
     data = m * 2 * net.data.gather(b * kept_gradients, 4 * here)
     stream = micro * s.embed * b
     # All-reduces of a layer, or a gather and a scatter for each: two forward, two backward, one computed again unless
-    # the stream is kept; cut along the row, inputs of products are gathered once more (arXiv:2205.05198, section 4.2.2).
+    # the stream is kept; cut along the row, inputs of products are gathered once more (arXiv:2205.05198, 4.2.2).
     crossings = here * (4 + again.out + p.norm_seq) + 2
     tensor = m * 2 * net.tensor.gather(stream) * crossings
     ring = (p.context - 1) * net.context.shift(2 * micro * kv * b) * (3 + again.pairs)

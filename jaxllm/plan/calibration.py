@@ -1,4 +1,4 @@
-"""What chips reach of their data sheets, fitted to published runs; and how far the model is off where it was not fitted.
+"""What chips reach of their data sheets, fitted to published runs; and how far the model is off where it is not.
 
 `published.yaml` has the runs with their sources, `calibration.yaml` the few numbers fitted to all of them: for each
 chip the share of its peak that matrix products reach, for some also that of attention, and for all chips together the
@@ -111,9 +111,7 @@ def _row(row: dict[str, Any], model: _Model, source: str) -> Published:
         policy = Kept(*(frozenset(keep.get(place, ())) for place in ("device", "host")))
     else:
         policy = kept(tuple(keep))
-    plans = Plans.one(
-        policy, fsdp=fsdp, accumulate=row.get("accumulate", 1), norm_seq=int("tensor" in mesh), **mesh
-    )
+    plans = Plans.one(policy, fsdp=fsdp, accumulate=row.get("accumulate", 1), norm_seq=int("tensor" in mesh), **mesh)
     ((kind, value),) = row["measured"].items()
     counted = s.flops
     if row.get("counts") == "full":
@@ -248,9 +246,7 @@ class Check(NamedTuple):
         return self.predicted / self.row.seconds - 1
 
 
-def leave_one_out(
-    rows: Sequence[Published], group: Callable[[Published], str] = lambda row: row.name
-) -> list[Check]:
+def leave_one_out(rows: Sequence[Published], group: Callable[[Published], str] = lambda row: row.name) -> list[Check]:
     """Every row predicted by the fit to the rows of other groups."""
     everything, groups = _Rows(rows), [group(row) for row in rows]
     start = _fit(everything.only([row.tuned for row in rows]), {})

@@ -17,7 +17,7 @@ import numpy as np
 from jaxllm.models.config import Attention, DecoderConfig
 from jaxllm.models.count import flops_per_token, visible_pairs, vocabulary
 from jaxllm.models.masks import Coords
-from jaxllm.parallel.flags import compiler_options
+from jaxllm.parallel.flags import compile_with, compiler_options, no_room
 from jaxllm.plan.account import Account, Cost, Kernel, Layout, account
 from jaxllm.plan.chips import GIB, Chip
 from jaxllm.plan.hlo import parse
@@ -89,6 +89,7 @@ class Proof:
             "cycles": a.cycles if a else None,
             "cycles_most": self.most.cycles if self.most else None,
             "traffic_bytes": a.traffic if a else None,
+            "host_traffic_bytes": a.host_traffic if a else None,
             "kernels": [_kernel_record(k) for k in a.kernels] if a else None,
             "collectives": [c._asdict() | {"axes": list(c.axes)} for c in a.collectives] if a else None,
         }  # fmt: skip
@@ -144,9 +145,7 @@ def prove(
 
     cpu, clock = time.process_time(), time.perf_counter()
     compiled, used, why, notes = _compile(lowered, options)
-    made = Made(
-        compiled, length, time.process_time() - cpu, time.perf_counter() - clock, used, why, tuple(notes)
-    )
+    made = Made(compiled, length, time.process_time() - cpu, time.perf_counter() - clock, used, why, tuple(notes))
     state = {name: _held(tree) for name, tree in (("params", setup.state.params), ("opt", setup.state.opt))}
     held = {
         "parameter_bytes": state["params"][0], "optimizer_bytes": state["opt"][0], "batch_bytes": _held(batch)[0],
@@ -211,20 +210,14 @@ def proof_of(
 
 def _compile(lowered: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any], str, list[str]]:
     """The compiled program, or None and why it has no room; the options used; notes."""
-    notes = []
-    while True:
-        try:
-            return lowered.compile(compiler_options=options or None), options, "", notes
-        except jax.errors.JaxRuntimeError as e:
-            said = str(e)
-            if re.search(r"on HBM|space hbm|HbmOom", said):
-                return None, options, _shortened(said), notes
-            if not options:
-                if "RESOURCE_EXHAUSTED" in said:  # of the scratchpad, say: not for want of HBM, but it does not run
-                    return None, options, _shortened(said), notes
-                raise
-            notes.append(f"compiled without options; with them: {_shortened(said)}")
-            options = {}
+    try:
+        compiled, used, said = compile_with(lowered, options)
+    except jax.errors.JaxRuntimeError as e:
+        # Of HBM, or of a scratchpad: either way the program does not run.
+        if no_room(e) or "RESOURCE_EXHAUSTED" in str(e):
+            return None, options, _shortened(str(e)), []
+        raise
+    return compiled, used, "", [f"compiled without options; with them: {_shortened(said)}"] if said else []
 
 
 def _shortened(said: str) -> str:
@@ -354,4 +347,3 @@ def visible_blocks(a: Attention, length: int, bq: int, bk: int) -> float:
     low = first_k - np.minimum(first_q + bq, length) + 1
     high = np.minimum(first_k + bk, length) - 1 - first_q
     return float((before[high + length] - before[low + length - 1] > 0).mean())
-

@@ -23,9 +23,10 @@ def block(plan: Plan) -> str:
 def plain(overrides: dict[str, Any]) -> dict[str, Any]:
     """What a plan sets, less what is a RunConfig's default anyway."""
     own = dict(overrides)
-    own["mesh"] = {axis: n for axis, n in own["mesh"].items() if n != 1 and (axis, n) != ("across", "data")} or {"fsdp": 1}
-    if "fsdp" not in own["mesh"]:
-        own["mesh"]["fsdp"] = 1  # which takes what is left, unless it is said
+    # Of sizes of one only fsdp's is said, which else takes what is left.
+    own["mesh"] = {
+        axis: n for axis, n in own["mesh"].items() if (axis == "fsdp" or n != 1) and (axis, n) != ("across", "data")
+    }
     preset, along = own["sharding"]["preset"], own["sharding"]["activations"]["norm_seq"]
     own["sharding"] = preset if along == "context" else {"preset": preset, "activations": {"norm_seq": along}}
     if own["sharding"] == "zero3":
@@ -165,8 +166,10 @@ def explain(cfg: RunConfig, found: Found, reached: Calibration | None = None) ->
         f"  {of_estimate(found.job, on, best.estimate, reached)}",
         f"  {limits(best, on)}",
     ]
-    if best.verdict:
-        lines.append(f"  compiled: fits, peak {best.verdict.peak_bytes / GIB:.1f} GiB, predicted {best.verdict.expected_ms:,.0f} ms")
+    if compiled := best.verdict:
+        lines.append(
+            f"  compiled: fits, peak {compiled.peak_bytes / GIB:.1f} GiB, predicted {compiled.expected_ms:,.0f} ms"
+        )
     for number, plan in enumerate(found.ranked[1:4], 2):
         lines += [f"{number}.: {summary(plan)}", f"  {lost(plan, best)}"]
     for plan in found.dropped:

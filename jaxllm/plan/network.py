@@ -75,7 +75,7 @@ _ALONE = (1, 1.0, 1.0, 0, 0.0, 1.0)
 
 
 def wires(on: Topology, mesh: Mapping[str, Numbers]) -> Wires:
-    """The groups of every mesh, given the sizes of its axes as arrays; of a mesh that does not fit the torus: endless."""
+    """The groups of every mesh, given the sizes of its axes as arrays; endless where it does not fit the topology."""
     sizes = np.stack([np.atleast_1d(mesh[axis]) for axis in FAST_TO_SLOW], 1)
     first, which = runs(sizes)
     table = np.array([_levels(on, tuple(map(int, sizes[i]))) for i in first])[which]
@@ -90,7 +90,12 @@ def runs(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def group(
-    on: Topology, mesh: Mapping[str, int], axes: tuple[str, ...], *, devices: int | None = None, slow: bool | None = None
+    on: Topology,
+    mesh: Mapping[str, int],
+    axes: tuple[str, ...],
+    *,
+    devices: int | None = None,
+    slow: bool | None = None,
 ) -> Group:
     """The group along some axes of one mesh.
 
@@ -101,7 +106,9 @@ def group(
     Raises:
       ValueError: the mesh does not fit the topology.
     """
-    sizes = tuple(int(mesh.get(axis, 1)) * (int(mesh.get("expert", 1)) if axis == "fsdp" else 1) for axis in FAST_TO_SLOW)
+    sizes = tuple(
+        int(mesh.get(axis, 1)) * (int(mesh.get("expert", 1)) if axis == "fsdp" else 1) for axis in FAST_TO_SLOW
+    )
     placed = place(on, sizes)
     if placed is None:
         raise ValueError(f"a mesh of {dict(mesh)} does not fit {on}")

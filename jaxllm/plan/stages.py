@@ -85,7 +85,9 @@ def _least_sum(
     layers: int, devices: int, times: dict[tuple[int, int, int], float], slowest: float, most: int
 ) -> tuple[Stage, ...] | None:
     """Stages of least summed time of which none takes longer than `slowest`."""
-    best: dict[tuple[int, int, int], tuple[float, Stage | None]] = {(layers, 0, k): (0.0, None) for k in range(most + 1)}
+    best: dict[tuple[int, int, int], tuple[float, Stage | None]] = {
+        (layers, 0, k): (0.0, None) for k in range(most + 1)
+    }
     for i in range(layers - 1, -1, -1):
         for left in range(1, devices + 1):
             for k in range(1, most + 1):  # stages that may still be made

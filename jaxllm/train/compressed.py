@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
-from jaxllm.core.shapes import Array, Bool, Key, PyTree
+from jaxllm.core.shapes import Array, Bool, Float, Key, PyTree
 from jaxllm.models.module import Axes, Params
 from jaxllm.parallel.collectives import by_device
 from jaxllm.parallel.compress import all_reduce
@@ -33,7 +34,7 @@ def start(params: Params, axes: Axes, count: int) -> Params:
     return {name: jnp.zeros_like(replicas.copies(x, axes[name], count), jnp.float32) for name, x in params.items()}
 
 
-def places(mesh: jax.sharding.Mesh, gradients: Rules, residual: Params, axes: Axes) -> dict[str, Any]:
+def places(mesh: jax.sharding.Mesh, gradients: Rules, residual: PyTree, axes: Axes) -> dict[str, Any]:
     """Where residuals of these shapes lie."""
     return shardings(mesh, gradients, {name: replicas.spread(axes[name]) for name in residual}, residual)
 
@@ -64,29 +65,47 @@ def by_replica(gradients: Callable, where: dict[str, Any], rules: Rules, axes: A
 
 def exchange(
     cfg: Compression,
-    mesh: jax.sharding.Mesh,
-    residual_at: dict[str, Any],
-    gradients_at: dict[str, Any],
+    where: tuple[dict[str, Any], dict[str, Any]],
     axes: Axes,
     grads: Params,
+    per: Float[Array, ""],
     residual: Params,
     wanted: Bool[Array, ""] | bool,
 ) -> tuple[Params, Params]:
-    """The sum over replicas of gradients and residuals, and the residuals that are left: those given, if not `wanted`.
+    """The sum over replicas of `per` times gradients and residuals, and the residuals that are left.
 
     Args:
-      residual_at: shardings of `residual`, and of `grads`.
-      gradients_at: shardings of the sum.
+      where: shardings of the residuals, and of the sum.
+      wanted: else the residuals are left as they were.
     """
-    specs, summed = ({name: s.spec for name, s in at.items()} for at in (residual_at, gradients_at))
+    specs, summed = ({name: at[name].spec for name in grads} for at in where)
+    stacked = [n for n in grads if replicas.dim(axes[n])]
 
-    def local(grads: Params, residual: Params, wanted: Array) -> tuple[Params, Params]:
+    def together(grads: Params, residual: Params, per: Array, wanted: Array) -> tuple[Params, Params]:
+        """What one device has of some weights, as one message. The axis of replicas, of one, is the first."""
+        given = {n: (g.astype(jnp.float32) * per + residual[n]) for n, g in grads.items()}
+        message, apart = ravel_pytree(given)
+        total, lost = map(apart, all_reduce(message, replicas.AXIS, cfg.block))
+        return {n: x[0] for n, x in total.items()}, {n: jnp.where(wanted, lost[n], x) for n, x in residual.items()}
+
+    def local(grads: Params, residual: Params, per: Array, wanted: Array) -> tuple[Params, Params]:
         total, left = {}, {}
-        for name, g in grads.items():
-            total[name], lost = all_reduce(g + residual[name], replicas.AXIS, cfg.block)
-            total[name] = jnp.squeeze(total[name], replicas.dim(axes[name]))
-            left[name] = jnp.where(wanted, lost, residual[name])
+        for name in (n for n in grads if n not in stacked):
+            one = together({name: grads[name]}, {name: residual[name]}, per, wanted)
+            total, left = total | one[0], left | one[1]
+
+        def layer(i: Array, carry: tuple[Params, Params]) -> tuple[Params, Params]:
+            pick = lambda tree: {n: jax.lax.dynamic_index_in_dim(tree[n], i, keepdims=False) for n in stacked}
+            new = together(pick(grads), pick(carry[1]), per, wanted)
+            return jax.tree.map(lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, i, 0), carry, new)
+
+        if stacked:  # layer by layer, in place: all at once would be several copies of the gradients
+            empty = {n: jnp.zeros(grads[n].shape[:1] + grads[n].shape[2:], jnp.float32) for n in stacked}
+            carry = (empty, {n: residual[n] for n in stacked})
+            one = jax.lax.fori_loop(0, grads[stacked[0]].shape[0], layer, carry)
+            total, left = total | one[0], left | one[1]
         return total, left
 
-    run = by_device(local, mesh, (specs, specs, PartitionSpec()), (summed, specs))
-    return run(grads, residual, jnp.asarray(wanted))
+    mesh = where[0][next(iter(grads))].mesh
+    run = by_device(local, mesh, (specs, specs, PartitionSpec(), PartitionSpec()), (summed, specs))
+    return run(grads, residual, per, jnp.asarray(wanted))

@@ -10,7 +10,19 @@ from jaxllm.core.metrics import Metrics
 from jaxllm.data.config import DataConfig
 from jaxllm.models.config import Model, Remat
 from jaxllm.objectives.config import NextToken, Objective
-from jaxllm.parallel.config import Compression, Context, Mesh, Offload, Outer, Pipeline, Ring, Sharding
+from jaxllm.parallel.config import (
+    Compression,
+    Context,
+    DiLoCo,
+    Int8,
+    LocalSGD,
+    Mesh,
+    Offload,
+    Outer,
+    Pipeline,
+    Ring,
+    Sharding,
+)
 
 # --- schedules: multiples of the peak learning rate by step -----------------------------------------------------
 
@@ -311,22 +323,50 @@ class RunConfig(Config):
                 f"model.dropout.attention={dropout} with mesh.context={self.mesh.context}: no device has a whole row of "
                 "attention probabilities to draw from; set model.dropout.attention to 0 or mesh.context to 1"
             )
+        if self.outer is not None and self.compression is not None:
+            found.append(
+                f"outer={self.outer.kind} with compression: no gradient crosses mesh axis data where replicas train apart; "
+                "set one of them to null"
+            )
+        if self.outer is not None and (self.offload.optimizer or self.offload.parameters):
+            found.append(
+                f"outer={self.outer.kind} with offload: what waits in host memory is fetched for all replicas at once, and "
+                "they train apart; set offload.optimizer and offload.parameters to false"
+            )
+        for name, part in (("outer", self.outer), ("compression", self.compression)):
+            if part is not None:
+                found += self.not_replicated(f"{name}={part.kind}", part)
+        return found
+
+    def not_replicated(self, asked: str, part: LocalSGD | DiLoCo | Int8) -> list[str]:
+        """Why the shares of mesh axis data cannot be replicas that differ, as `part` has them."""
+        found, rules = [], self.sharding
+        if self.mesh.data == 1 and not isinstance(part, DiLoCo):  # that of one replica is Lookahead, with momentum
+            found.append(f"{asked} with mesh.data=1: one replica has nobody to exchange with; raise mesh.data or drop it")
+        for name in ("parameters", "gradients", "optimizer", "activations"):
+            for field, axes in getattr(rules, name):
+                may = field == "replicas" or (name, field) == ("activations", "batch")
+                if not may and "data" in ((axes,) if isinstance(axes, str) else axes or ()):
+                    found.append(
+                        f"{asked} with sharding.{name}.{field}={axes}: mesh axis data counts replicas, each with "
+                        f"{name} of its own; share {field} out over other axes"
+                    )
         return found
 
     def not_pipelined(self, devices: int) -> list[str]:
         """Why the run cannot go through a pipeline of so many devices; one (or -1, for unknown) is no pipeline."""
         if devices < 2:
             return []
-        found, model, mesh, slices = [], self.model, f"mesh.pipe={devices}", getattr(self.pipeline.schedule, "slices", 1)
+        model, mesh, found = self.model, f"mesh.pipe={devices}", []
         if self.accumulate < devices:
             found.append(
-                f"{mesh} needs as many microbatches, to keep all stages busy: accumulate={self.accumulate}; set accumulate "
-                f"to {devices} or more (4 x {devices} idles for a fifth of the time)"
+                f"{mesh} needs as many microbatches, to keep all stages busy, and accumulate={self.accumulate}; set "
+                f"accumulate to {devices} or more (4 x {devices} idles for a fifth of the time)"
             )
         if tail := model.num_layers % len(model.blocks):
             found.append(
-                f"{mesh} with {model.num_layers} layers in a pattern of {len(model.blocks)}: {tail} would be left over; make "
-                "model.num_layers a multiple of the pattern"
+                f"{mesh} with {model.num_layers} layers in a pattern of {len(model.blocks)}: {tail} would be left over; "
+                "make model.num_layers a multiple of the pattern"
             )
         try:
             self.pipeline.groups(devices, model.num_groups)
@@ -334,22 +374,35 @@ class RunConfig(Config):
             found.append(str(e))
         if self.remat == "offload":
             found.append(f"{mesh} with remat=offload: a stage keeps its input alone; set remat to save_attention")
-        if slices > 1 and not all(block.attention.mask.causal for block in model.blocks):
-            found.append("pipeline.schedule.slices: a token sees later ones under a mask that is not causal; set slices to 1")
-        if slices > 1 and any(model.dropout.model_dump().values()):
-            found.append("pipeline.schedule.slices: dropout is drawn for whole rows; set slices to 1 or model.dropout to 0")
-        if slices > 1 and self.mesh.context != 1:
-            found.append("pipeline.schedule.slices and mesh.context both cut rows; set one of them to 1")
-        if slices > 1 and not self.pipeline.recompute:
-            found.append("pipeline.schedule.slices keep their inputs alone; set pipeline.recompute to true")
+        for part in ("outer", "compression"):
+            if getattr(self, part) is not None:
+                found.append(
+                    f"{mesh} with {part}: replicas that differ are mapped over mesh axis data, and what is mapped cannot "
+                    f"be cut into stages; set {part} to null"
+                )
+        if self.offload.optimizer or self.offload.parameters:
+            found.append(
+                f"{mesh} with offload: it visits one group of layers after the other, and they are spread over devices; "
+                "set offload.optimizer and offload.parameters to false"
+            )
         for name in ("parameters", "gradients", "optimizer", "activations"):
-            rules = getattr(self.sharding, name)
-            for field in type(rules).model_fields:
-                axes = getattr(rules, field)
+            for field, axes in getattr(self.sharding, name):
                 here = axes == "pipe" if isinstance(axes, str) else "pipe" in (axes or ())
-                if here != (field == "layers") and not (field == "layers" and name == "activations"):
+                if here != (field == "layers") and (name, field) != ("activations", "layers"):
                     found.append(f"{mesh} is for layers and nothing else: sharding.{name}.{field}={axes}")
-        return found
+        return found + (self._not_sliced() if getattr(self.pipeline.schedule, "slices", 1) > 1 else [])
+
+    def _not_sliced(self) -> list[str]:
+        """Why rows cannot go through a pipeline in slices of tokens."""
+        reasons = {
+            "a token sees later ones under a mask that is not causal": not all(
+                block.attention.mask.causal for block in self.model.blocks
+            ),
+            "dropout is drawn for whole rows; set model.dropout to 0": any(self.model.dropout.model_dump().values()),
+            "mesh.context cuts rows too; set it to 1": self.mesh.context != 1,
+            "they keep their inputs alone; set pipeline.recompute to true": not self.pipeline.recompute,
+        }
+        return [f"pipeline.schedule.slices: {why}, or slices to 1" for why, holds in reasons.items() if holds]
 
     def ramp_sizes(self) -> tuple[int, ...]:
         """The batch sizes of the ramp, in order, the full batch last."""

@@ -20,6 +20,7 @@ from jaxllm.data.loader import Prepared, Rows, batches, open_prepared, validatio
 from jaxllm.models.count import flops_per_token
 from jaxllm.models.module import Params, abstract
 from jaxllm.models.resize import resize_vocabulary
+from jaxllm.parallel.flags import compile_with, compiler_options
 from jaxllm.parallel.sharding import placed, shardings
 from jaxllm.train import distributed, runtime
 from jaxllm.train.checkpoint import Checkpointer, load_params, restore, steps, stored_model
@@ -295,7 +296,7 @@ class Loop:
         if rows not in self.programs:
             began = time.monotonic()
             step = make_train_step(self.setup).lower(self.setup.state, abstract_batch(self.setup, rows, self.length))
-            self.programs[rows] = step.compile()
+            self.programs[rows], _, _ = compile_with(step, compiler_options(jax.local_devices()[0]))
             self.meter.restart()
             self.sinks.event(
                 "compile", f"training step for {rows} rows compiled in {time.monotonic() - began:.1f} s", rows=rows

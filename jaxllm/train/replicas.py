@@ -45,7 +45,7 @@ def placed(where: NamedSharding, axes: Axes) -> NamedSharding:
 
 
 def over(fn: Callable, in_axes: Any, out_axes: Any) -> Callable:
-    """`fn` of one replica, for all of them; in it, no mesh axis is named `data`."""
+    """`fn` of one replica, which must not name mesh axis data, for all of them."""
     return jax.vmap(fn, in_axes=in_axes, out_axes=out_axes, spmd_axis_name=AXIS)
 
 

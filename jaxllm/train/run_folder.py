@@ -16,8 +16,8 @@ from jaxllm.train.config import RunConfig
 
 # What may change when a run continues: where it computes, what it reports, how long it goes on. Of these `steps` moves
 # the end of schedules, `accumulate` the draws of dropout, `stability` what is skipped: the loop logs what changed.
-FREE = ("out", "steps", "accumulate", "mesh", "sharding", "pipeline", "remat", "scan", "evaluation", "checkpoints", "stability",
-        "metrics", "profile", "compile_cache", "initial", "distributed")  # fmt: skip
+FREE = ("out", "steps", "accumulate", "mesh", "sharding", "pipeline", "remat", "scan", "evaluation", "checkpoints",
+        "stability", "metrics", "profile", "compile_cache", "initial", "distributed")  # fmt: skip
 FREE_DATA = ("path", "prefetch", "verify")  # the manifest's hash says whether it is the same data
 
 

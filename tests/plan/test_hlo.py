@@ -426,6 +426,15 @@ def test_arrays_in_the_scratchpad_are_no_traffic_of_hbm():
     assert counted(entry).traffic == 4096
 
 
+def test_a_copy_that_was_started_earlier_moves_bytes_and_takes_no_cycles():
+    a = counted(
+        "  %x = f32[1024]{0:T(1024)S(5)} parameter(0)\n"
+        "  %s = (f32[1024]{0:T(1024)}, f32[1024]{0:T(1024)S(5)}, u32[]{:S(2)}) copy-start(%x)\n"
+        "  ROOT %d = f32[1024]{0:T(1024)} copy-done(%s)"
+    )
+    assert (a.traffic, a.host_traffic, a.cycles) == (4096, 4096, {})
+
+
 def test_of_a_slice_read_and_an_update_written_in_place_only_that_part_is_traffic():
     fused = """%f (stack: f32[64,256], i: s32[], x: f32[1,256]) -> f32[64,256] {
   %stack = f32[64,256]{1,0} parameter(0)
@@ -458,6 +467,25 @@ def test_a_kernel_is_named_and_costs_what_it_is_said_to_but_no_less_than_its_arr
     simulated = counted(entry.format(said=', backend_config={"bundle_analysis_data":{"estimated_cycles":"3"}}'))
     assert simulated.kernels[0].cycles == 3
     assert simulated.cycles == {"kernels": pytest.approx(k.bytes / V5E.hbm_bandwidth * V5E.clock)}
+
+
+def test_a_kernel_beside_which_a_collective_runs_is_counted_all_the_same():
+    """libtpu puts both into one fusion when it is asked to overlap them."""
+    fused = "%async_collective_fusion.9 (p: bf16[8], q: bf16[2,4096]) -> (bf16[2,4096], bf16[32]) {\n" + PIECE.replace(
+        "NAME", "9"
+    ) + (
+        "  %q = bf16[2,4096]{1,0} parameter(1)\n"
+        '  %flash.4 = bf16[2,4096]{1,0} custom-call(%q), custom_call_target="tpu_custom_call"\n'
+        "  ROOT %t = (bf16[2,4096]{1,0}, bf16[32]{0}) tuple(%flash.4, %all-gather.9)\n}"
+    )  # fmt: skip
+    a = counted(
+        "  %p = bf16[8]{0} parameter(0)\n  %q = bf16[2,4096]{1,0} parameter(1)\n"
+        "  ROOT %y = (bf16[2,4096]{1,0}, bf16[32]{0}) fusion(%p, %q), kind=kCustom, calls=%async_collective_fusion.9",
+        fused,
+        kernel_cost=lambda k: Cost(5.0, 1e6),
+    )
+    assert [(k.name, k.count) for k in a.kernels] == [("flash", 1)]
+    assert (a.kernel_flops, a.cycles, a.traffic) == (5.0, {"kernels": 1e6}, 2 * 2 * 2 * 4096)
 
 
 # --- real texts of XLA for CPUs --------------------------------------------------------------------------------------

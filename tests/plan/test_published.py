@@ -88,7 +88,8 @@ def test_published_figures_are_read_as_their_sources_count_them():
 def test_most_runs_that_ran_are_predicted_to_fit():
     """Those that did with tricks we do not have (logits in tiles, state in 16 bits that the source does not state) may
     not."""
-    fits = [float(memory(row.job, row.plans).peak[0]) <= 1.1 * row.on.chip.hbm_bytes / row.on.chip.devices for row in ROWS]
+    limits = [1.1 * row.on.chip.hbm_bytes / row.on.chip.devices for row in ROWS]
+    fits = [float(memory(row.job, row.plans).peak[0]) <= limit for row, limit in zip(ROWS, limits)]
     assert sum(fits) >= 0.9 * len(ROWS)
 
 

@@ -13,7 +13,7 @@ from test_step import LENGTH, random_batch, random_model, run_config
 
 from jaxllm.core.errors import ConfigError
 from jaxllm.models.layout import stack, unstack
-from jaxllm.models.module import create
+from jaxllm.models.module import abstract, create
 from jaxllm.parallel.pipeline import IDLE, bubble, table
 from jaxllm.train import optimizers
 from jaxllm.train.checkpoint import Checkpointer, load_params, restore
@@ -50,9 +50,15 @@ def compiled(cfg: RunConfig, length: int = LENGTH):
 
 
 @functools.cache
-def first_weights(model):
-    """By layer, as checkpoints have them."""
-    return unstack(jax.device_get(jax.jit(lambda: create(model, jax.random.key(0)))()), model)
+def first_weights(model) -> dict[str, np.ndarray]:
+    """By layer, as checkpoints have them; not the model's own, which take long to compile."""
+    rng = np.random.default_rng(0)
+
+    def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        noise = rng.normal(size=shape) / np.sqrt(shape[0]) * (len(shape) > 1 or 0.1)
+        return np.float32(noise + name.endswith("scale"))
+
+    return {name: make(name, x.shape) for name, x in unstack(abstract(model)[1], model).items()}
 
 
 def start(cfg: RunConfig) -> TrainState:
@@ -91,7 +97,8 @@ def assert_trains_as_one_device(*overrides: str, rtol: float = 1e-5, **model) ->
 
 
 DEEP = random_model(0) | {"num_layers": 7, "tie": True}
-PAIRS = random_model(1) | {"num_layers": 8, "pattern": [{}, {"ffn": {"mlp": 24}}], "tie": False}
+EVEN = random_model(1) | {"num_layers": 4, "tie": False}
+PAIRS = {"num_layers": 4, "pattern": [{}, {"ffn": {"mlp": 24}}]}
 ON_THREE = ("mesh.pipe=3", "accumulate=4")  # more microbatches than stages, and no multiple of them
 KINDS = ("gpipe", "1f1b", "interleaved", "zb_h1")
 
@@ -102,17 +109,17 @@ def test_every_schedule_trains_as_one_device_does(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "axis"), [("1f1b", "fsdp"), ("interleaved", "data"), ("zb_h1", "tensor")]
+    ("kind", "axis"),
+    [("1f1b", "fsdp"), ("zb_h1", "tensor"), pytest.param("interleaved", "data", marks=pytest.mark.slow)],
 )
 def test_a_pipeline_goes_with_other_mesh_axes(kind, axis):
-    assert_trains_as_one_device(
-        f"pipeline.schedule={kind}", "mesh.pipe=2", f"mesh.{axis}=2", "accumulate=4", **PAIRS
-    )
+    assert_trains_as_one_device(f"pipeline.schedule={kind}", "mesh.pipe=2", f"mesh.{axis}=2", "accumulate=4", **EVEN)
 
 
 def test_a_pipeline_that_computes_nothing_twice_trains_the_same():
-    more = ("pipeline.recompute=false", "pipeline.stages=[1, 1, 1, 4]")
-    assert_trains_as_one_device("pipeline.schedule=zb_h1", "mesh.pipe=4", "accumulate=4", *more, **DEEP)
+    assert_trains_as_one_device(
+        "pipeline.schedule=zb_h1", "mesh.pipe=4", "accumulate=4", "pipeline.recompute=false", **EVEN
+    )
 
 
 def test_slices_of_tokens_train_as_whole_rows_do():
@@ -120,9 +127,9 @@ def test_slices_of_tokens_train_as_whole_rows_do():
 
 
 def test_a_pipeline_draws_the_same_dropout_and_backpropagates_a_scaled_loss():
-    dropout = "model.dropout={embedding: 0.1, attention: 0.1, residual: 0.1}"
+    dropout = "model.dropout={embedding: 0.1, residual: 0.1}"
     half = "precision={kind: float16, initial_scale: 1024}"
-    assert_trains_as_one_device("mesh.pipe=2", "accumulate=2", dropout, half, rtol=2e-3)
+    assert_trains_as_one_device("mesh.pipe=2", "accumulate=2", dropout, half, rtol=2e-3, **PAIRS)
 
 
 # --- what it costs ---------------------------------------------------------------------------------------------------
@@ -190,19 +197,21 @@ def test_cutting_the_backward_pass_in_two_adds_no_products():
 @functools.cache
 def temporary(kind: str, m: int, *more: str) -> int:
     """Bytes on a device besides the train state and the batch; microbatches are of 8 rows of 64 tokens."""
-    cfg = run_config(f"pipeline.schedule={kind}", "mesh.pipe=2", f"accumulate={m}", f"batch={8 * m}", "model.context=64", *more)
+    cfg = run_config(
+        f"pipeline.schedule={kind}", "mesh.pipe=2", f"accumulate={m}", f"batch={8 * m}", "model.context=64", *more
+    )
     return compiled(cfg, 64).memory_analysis().temp_size_in_bytes
 
 
-def test_memory_of_1f1b_does_not_grow_with_microbatches_and_that_of_gpipe_does():
+def test_memory_of_1f1b_does_not_grow_with_the_microbatches():
     x, batch = 8 * 64 * 32 * 4, (5 * 64 + 1) * 8 * 4  # bytes of a stage's input, and of a microbatch as it comes
     assert temporary("1f1b", 12) - temporary("1f1b", 4) <= 8 * 2 * batch
-    assert temporary("gpipe", 12) - temporary("gpipe", 4) >= 8 * x
+    assert temporary("gpipe", 12) - temporary("1f1b", 12) >= 10 * x  # it has 12 in flight, not 2
     assert x > 2 * batch
 
 
 def test_a_device_has_the_layers_of_its_stages_only():
-    cfg = run_config("pipeline.schedule=1f1b", "mesh.pipe=2", "mesh.fsdp=2", "accumulate=4", **PAIRS)
+    cfg = run_config("pipeline.schedule=1f1b", "mesh.pipe=2", "mesh.fsdp=2", "accumulate=4", **EVEN)
     setup, state = setup_of(cfg), start(cfg)
     first = jax.devices()[0]
     for name, x in state.params.items():
@@ -221,15 +230,17 @@ INTERLEAVED = ("pipeline.schedule=interleaved", *ON_THREE)
 
 
 def test_stages_lie_device_after_device_and_what_is_left_over_is_zero():
-    setup = setup_of(run_config(*INTERLEAVED, **DEEP))
+    assert setup_of(run_config(*INTERLEAVED, **DEEP)).places == (0, 1, 4, -1, 2, -1, 5, -1, 3, -1, 6, -1)
     # groups 0, 1 | 2 | 3 | 4 | 5 | 6; device d has stages d and d + 3
-    assert setup.places == (0, 1, 4, -1, 2, -1, 5, -1, 3, -1, 6, -1)
+    setup = setup_of(run_config("mesh.pipe=2", "accumulate=2", num_layers=3))
     fresh = jax.device_get(init_state(setup).params)
+    make = jax.jit(functools.partial(create, setup.cfg.model))
+    expected = unstack(make.lower(jax.random.key(0)).compile(FAST)(jax.random.key(setup.cfg.seed)), setup.cfg.model)
     for name, x in unstack(fresh, setup.cfg.model, setup.places).items():
-        np.testing.assert_array_equal(x, first_weights(setup.cfg.model)[name])
+        np.testing.assert_allclose(x, expected[name], rtol=1e-5, err_msg=name)
     for name, x in fresh.items():
         if name.startswith("blocks."):
-            assert not x[[i for i, g in enumerate(setup.places) if g < 0]].any()
+            assert x.shape[0] == 4 and not x[setup.places.index(-1)].any()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion", "sgd", "muon"])
@@ -252,11 +263,12 @@ def test_a_checkpoint_does_not_know_the_stages(way, tmp_path):
     saved, loaded = (piped, alone) if way == "from a pipeline" else (alone, piped)
     setup, other = setup_of(saved), setup_of(loaded)
     state = start(saved)
-    state = state._replace(opt=jax.tree.map(lambda x, p: x if x.ndim == 0 else x, state.opt, state.opt))
     with Checkpointer(tmp_path, Checkpoints(asynchronous=False), saved.model, places=setup.places) as checkpoints:
         checkpoints.save(3, state, {})
     back = restore(tmp_path, other.state, loaded.model, places=other.places).state
-    jax.tree.map(lambda x, like: np.testing.assert_(x.sharding.is_equivalent_to(like.sharding, x.ndim)), back, other.state)
+    jax.tree.map(
+        lambda x, like: np.testing.assert_(x.sharding.is_equivalent_to(like.sharding, x.ndim)), back, other.state
+    )
     for name, x in unstack(jax.device_get(back.params), loaded.model, other.places).items():
         np.testing.assert_array_equal(x, first_weights(saved.model)[name])
     weights = load_params(tmp_path, loaded.model, like=other.state.params, places=other.places).params
@@ -268,7 +280,7 @@ def test_a_checkpoint_does_not_know_the_stages(way, tmp_path):
 
 @pytest.mark.parametrize(
     ("overrides", "model"),
-    [(INTERLEAVED, DEEP), (("mesh.pipe=2", "mesh.fsdp=2", "accumulate=2"), PAIRS)],
+    [(INTERLEAVED, DEEP), (("mesh.pipe=2", "mesh.fsdp=2", "accumulate=2"), EVEN)],
     ids=["uneven chunks", "in parts, beside fsdp"],
 )
 def test_evaluation_goes_through_the_stages(overrides, model):
@@ -294,10 +306,12 @@ def test_evaluation_goes_through_the_stages(overrides, model):
         (("model.num_layers=5", "model.pattern=[{}, {}]"), "5 layers in a pattern of 2: 1 would be left over"),
         (("model.num_layers=3",), "4 stages need as many layer groups, the model has 3"),
         (("pipeline.stages=[1, 1, 3]",), r"pipeline.stages=\[1, 1, 3\] must be 4 numbers"),
+        (("offload.optimizer=true",), "visits one group of layers after the other"),
+        (("compression=int8", "mesh.data=2"), "what is mapped cannot be cut into stages; set compression to null"),
         (("remat=offload",), "set remat to save_attention"),
         (("pipeline.schedule={kind: gpipe, slices: 2}", "model.block.attention.mask=full"), "a token sees later ones"),
-        (("pipeline.schedule={kind: gpipe, slices: 2}", "model.dropout.residual=0.1"), "drawn for whole rows"),
-        (("pipeline.schedule={kind: gpipe, slices: 2}", "pipeline.recompute=false"), "keep their inputs alone"),
+        (("pipeline.schedule={kind: gpipe, slices: 2}", "model.dropout.residual=0.1"), "dropout is drawn for whole rows"),
+        (("pipeline.schedule={kind: gpipe, slices: 2}", "pipeline.recompute=false"), "they keep their inputs alone"),
         (("sharding.activations.batch=[data, pipe]",), "for layers and nothing else: sharding.activations.batch"),
         (("sharding.parameters.layers=null",), "for layers and nothing else: sharding.parameters.layers=None"),
     ],
