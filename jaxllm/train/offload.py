@@ -22,12 +22,15 @@ HOST, DEVICE = "pinned_host", "device"
 
 
 def places(cfg: Offload, params: dict[str, Any], opt: PyTree, opt_axes: PyTree) -> tuple[dict[str, Any], PyTree]:
-    """Shardings of weights and optimizer state, with what waits on the host put there. Counters stay on the device."""
+    """Shardings of weights and optimizer state, with what waits on the host put there.
+
+    Counters and constants of the optimizer stay on the device.
+    """
     wait = lambda s: s.with_memory_kind(HOST)
     if cfg.parameters:
         params = jax.tree.map(wait, params)
     if cfg.optimizer:
-        opt = jax.tree.map(lambda s, axes: wait(s) if axes else s, opt, opt_axes)
+        opt = jax.tree.map(lambda s, axes: wait(s) if any(axes) else s, opt, opt_axes)
     return params, opt
 
 
@@ -66,8 +69,8 @@ def update(
         alone = not _stacked(names[0])
         tx = build({n: axes[n] for n in names})
         mine, _, form = _flat(jax.eval_shape(tx.init, {n: params[n] for n in names}))
-        moves = [p for p in (*names, *mine) if state[p].ndim]
-        counters = {p: state[p] for p in mine if p not in moves}
+        moves = [*names, *(p for p in mine if any(f"['{n}']" in p for n in names))]
+        stays = {p: state[p] for p in mine if p not in moves}  # counters and constants
 
         def group(x: Array, i: Array) -> Array:
             part = jax.lax.dynamic_slice_in_dim(x, i, 1)
@@ -75,7 +78,7 @@ def update(
 
         def visit(i: Array, carry: tuple[dict[str, Array], dict[str, Array]]) -> tuple:
             held, _ = carry
-            now = {p: jax.device_put(group(held[p], i), _here(at[p])) for p in moves} | counters
+            now = {p: jax.device_put(group(held[p], i), _here(at[p])) for p in moves} | stays
             mean = {n: group(lifted[n], i).astype(jnp.float32) * per for n in names}
             weights = {n: now[n] for n in names}
             updates, then = tx.update(mean, jax.tree.unflatten(form, [now[p] for p in mine]), weights)
@@ -84,12 +87,12 @@ def update(
             for p in moves:
                 back = jax.device_put(then[p], at[p])
                 held = held | {p: jax.lax.dynamic_update_slice_in_dim(held[p], back[None] if alone else back, i, 0)}
-            return held, {p: then[p] for p in counters}
+            return held, {p: then[p] for p in stays}
 
         lift = lambda x: x[None] if alone else x
         lifted = {n: lift(grads[n]) for n in names}
-        held, counters = jax.lax.fori_loop(0, count, visit, ({p: lift(state[p]) for p in moves}, counters))
-        return {p: x[0] if alone else x for p, x in held.items()} | counters
+        held, stays = jax.lax.fori_loop(0, count, visit, ({p: lift(state[p]) for p in moves}, stays))
+        return {p: x[0] if alone else x for p, x in held.items()} | stays
 
     # What lies alone makes one visit. A loop that XLA thinks may make none keeps it from coming before its time: it
     # would wait on the device for the whole of the backward pass.

@@ -106,7 +106,7 @@ def test_pieces_may_run_in_loops_of_one_program():
 
     def stack(many, x):
         for i in range(steps):
-            x, _ = layer(jax.tree.map(lambda a: a[i], many), (x, x), context, jnp.float32(i))
+            x, _ = layer(jax.tree.map(lambda a, i=i: a[i], many), (x, x), context, jnp.float32(i))
         return x
 
     @jax.jit

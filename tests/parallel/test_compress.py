@@ -14,6 +14,8 @@ from jaxllm.parallel.config import Mesh
 from jaxllm.parallel.sharding import make_mesh
 from jaxllm.plan.hlo import COLLECTIVES, parse
 
+pytestmark = pytest.mark.slow
+
 DEVICES = 4
 
 

@@ -13,6 +13,8 @@ from jaxllm.train import replicas
 from jaxllm.train.checkpoint import Checkpointer, restore
 from jaxllm.train.config import Checkpoints
 
+pytestmark = pytest.mark.slow
+
 RATE = 0.3
 SGD = (f"optimizer={{kind: sgd, learning_rate: {RATE}, momentum: 0}}", "clip=null", "mesh.data=2", "mesh.fsdp=2")
 exact = functools.partial(program, run_config(*SGD))

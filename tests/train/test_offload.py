@@ -17,6 +17,8 @@ from jaxllm.train.checkpoint import Checkpointer, restore
 from jaxllm.train.config import Adafactor, AdamW, Checkpoints, Lion, Muon, RunConfig, SGD
 from jaxllm.train.step import abstract_batch, init_state, make_train_step, set_up
 
+pytestmark = pytest.mark.slow
+
 OPTIMIZERS = {
     "adamw": AdamW(learning_rate=1e-2),
     "adafactor": Adafactor(learning_rate=1e-2, min_dim=8, scale_by_parameter=True),
@@ -42,7 +44,7 @@ def test_an_update_group_by_group_is_that_of_everything_at_once(name, wanted):
     axes, params, grads = drawn()
     build = functools.partial(optimizers.build, OPTIMIZERS[name], lambda step: 1e-2)
     tx = build(axes)
-    opt = tx.init(params)
+    opt = jax.tree.map(jnp.asarray, tx.init(params))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     at = jax.tree.map(lambda _: device, (params, opt))
     host = offload.places(run_config("offload={optimizer: true, parameters: true}").offload, *at,
@@ -60,7 +62,11 @@ def test_an_update_group_by_group_is_that_of_everything_at_once(name, wanted):
     assert jax.tree.structure(then) == jax.tree.structure(expected_opt)
     for x, y in zip(jax.tree.leaves((new, then)), jax.tree.leaves((expected, expected_opt)), strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=2e-5, atol=1e-6)
-    assert {x.sharding.memory_kind for x in jax.tree.leaves((new, then)) if x.ndim} == {"pinned_host"}
+    assert jax.tree.map(lambda x: x.sharding.memory_kind, (new, then)) == jax.tree.map(lambda s: s.memory_kind, host)
+    waits = {"pinned_host": 0, "device": 0}
+    for x in jax.tree.leaves((new, then)):
+        waits[x.sharding.memory_kind] += x.nbytes
+    assert waits["device"] < 100 and waits["pinned_host"] >= sum(x.nbytes for x in params.values())
 
 
 BOTH = "offload={optimizer: true, parameters: true}"

@@ -16,6 +16,8 @@ from jaxllm.train.config import Checkpoints, RunConfig
 from jaxllm.train.outer import outer_update
 from jaxllm.train.step import TrainState, abstract_batch, init_state, make_train_step, place_batch, set_up
 
+pytestmark = pytest.mark.slow
+
 ADAMW = "optimizer={kind: adamw, learning_rate: 1e-2}"
 SGD = "optimizer={kind: sgd, learning_rate: 0.3, momentum: 0}"
 

@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 from test_step import LENGTH, random_batch, random_model, run_config
 
 from jaxllm.core.errors import ConfigError
-from jaxllm.models.layout import stack, unstack
+from jaxllm.models.config import DecoderConfig
+from jaxllm.models.layout import split, stack, unstack
 from jaxllm.models.module import abstract, create
 from jaxllm.parallel.pipeline import IDLE, bubble, table
+from jaxllm.parallel.pipelined import Stages
 from jaxllm.train import optimizers
 from jaxllm.train.checkpoint import Checkpointer, load_params, restore
 from jaxllm.train.config import Checkpoints, RunConfig
@@ -241,6 +245,37 @@ def test_stages_lie_device_after_device_and_what_is_left_over_is_zero():
     for name, x in fresh.items():
         if name.startswith("blocks."):
             assert x.shape[0] == 4 and not x[setup.places.index(-1)].any()
+
+
+@given(st.lists(st.integers(1, 3), min_size=2, max_size=12), st.integers(1, 4), st.integers(1, 2))
+def test_stacks_in_the_order_of_stages_hold_every_layer_once(counts, devices, period):
+    counts = counts[: max(1, len(counts) // devices) * devices]
+    if len(counts) % devices:
+        return
+    order = Stages.of(tuple(counts)).order(devices)
+    cfg = DecoderConfig(
+        vocab=8, embed=8, num_layers=sum(counts) * period, block={"attention": {"num_heads": 2}, "ffn": {"mlp": 8}},
+        pattern=[{}] * period,
+    )  # fmt: skip
+    logical = {f"layers.{i}.w": np.full(2, 1.0 + i) for i in range(cfg.num_layers)} | {"embedding": np.ones(3)}
+    stacked = stack(logical, cfg, order)
+    back = unstack(stacked, cfg, order)
+    assert back.keys() == logical.keys() and all(np.array_equal(back[n], logical[n]) for n in logical)
+    share = len(order) // devices  # of the places that each device has
+    for d in range(devices):
+        mine = [g for g in order[d * share : (d + 1) * share] if g >= 0]
+        runs = [range(sum(counts[:s]), sum(counts[: s + 1])) for s in range(d, len(counts), devices)]
+        assert mine == [g for run in runs for g in run]
+    assert all(not stacked[f"blocks.{s}.w"][i].any() for s in range(period) for i, g in enumerate(order) if g < 0)
+
+
+def test_a_layer_of_a_stage_leaves_its_stack_in_shares_of_all_devices():
+    setup = setup_of(run_config(*INTERLEAVED, **DEEP | {"embed": 24}))
+    name = "blocks.0.ffn.w_up"
+    parts = split(name, start(setup.cfg).params[name], setup.cfg.model, setup.places)
+    for layer, x in parts.items():
+        np.testing.assert_array_equal(x, first_weights(setup.cfg.model)[layer])
+        assert {s.data.size for s in x.addressable_shards} == {x.size // 3}  # no device has to hold all layers
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion", "sgd", "muon"])
