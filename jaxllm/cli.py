@@ -130,8 +130,12 @@ def _doctor(verb: str, argv: list[str]) -> int:
 
 def _plan(verb: str, argv: list[str]) -> None:
     parser = _parser(verb, "CONFIG", "a YAML file of a training run")
-    parser.add_argument("--on", metavar="CHIPS", help="topology: v5e-256, v6e-256x2, v5p-128, tpu7x-64, h100-8x4, cpu-4")
-    parser.add_argument("--search", action="store_true", help="find the best mesh, schedule, microbatches, remat, offload")
+    parser.add_argument(
+        "--on", metavar="CHIPS", help="topology: v5e-256, v6e-256x2, v5p-128, tpu7x-64, h100-8x4, cpu-4"
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="find the best mesh, schedule, microbatches, remat, offload"
+    )
     parser.add_argument("--top", type=int, default=3, metavar="K", help="plans of a search that are compiled (3)")
     parser.add_argument("--formulas", action="store_true", help="do not compile: formulas alone answer, in a second")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that is known to FILE")
@@ -161,7 +165,7 @@ def _bench(verb: str, argv: list[str]) -> None:
     parser.add_argument("--peer", metavar="PEER", help="of `plan`: maxtext, whose programs are compiled beside ours")
     parser.add_argument("--peer-python", metavar="PYTHON", default="python3", help="the interpreter that has the peer")
     args = parser.parse_args(argv)
-    peer = {"peer": args.peer, "python": args.peer_python} if args.peer else {}
+    peer = {} if args.peer is None else {"peer": args.peer, "python": args.peer_python}
     bench.run(args.name, rounds=args.rounds, file=args.json, **peer)
 
 

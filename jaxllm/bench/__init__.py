@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxllm.core.errors import UserError
 from jaxllm.core.machine import describe_machine, versions
+from jaxllm.plan.run import check_writable
 
 
 def names() -> list[str]:
@@ -35,12 +36,8 @@ def run(name: str, rounds: int = 5, file: Path | None = None, **peer: str) -> di
         raise UserError(f"bench {name}: --peer is for `jaxllm bench plan`; {name} has one peer, and brings it along")
     if rounds < 1:
         raise UserError(f"bench {name}: --rounds must be at least 1, got {rounds}")
-    if file:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.open("a", encoding="utf-8").close()
-        except OSError as e:
-            raise UserError(f"bench {name}: --json {file} cannot be written ({e.strerror}); name another") from None
+    if file is not None:
+        check_writable(file)
     measured = module.beside(**peer) if peer else module.measure(rounds)
     result = {
         "name": name,
@@ -51,7 +48,7 @@ def run(name: str, rounds: int = 5, file: Path | None = None, **peer: str) -> di
     }
     text = json.dumps(result, indent=1)
     print(text)
-    if file:
+    if file is not None:
         file.write_text(text + "\n", encoding="utf-8")
     return result
 

@@ -69,10 +69,10 @@ def table(checks: list[calibration.Check]) -> list[str]:
     """Published against predicted, for people."""
     lines = [f"{'':38} {'published':>10} {'predicted':>10} {'error':>6}   tokens/s/chip published, MFU"]
     for check in checks:
-        row = check.row
+        row, note = check.row, f"   {check.row.note}" if abs(check.error) > 0.3 else ""
         lines.append(
-            f"{row.name:38} {row.seconds:9.3f}s {check.predicted:9.3f}s {check.error:+6.0%}   {row.rate:8,.0f} {row.mfu:4.0%}"
-            + (f"   {row.note}" if abs(check.error) > 0.3 else "")
+            f"{row.name:38} {row.seconds:9.3f}s {check.predicted:9.3f}s {check.error:+6.0%}   {row.rate:8,.0f} "
+            f"{row.mfu:4.0%}{note}"
         )
     return lines
 
@@ -86,39 +86,56 @@ LIMITS = {"peak_bytes": 1.0, "collective_bytes_total": 1.05, "hardware_flops": 1
 def beside(peer: str, python: str) -> dict[str, Any]:
     """Our compiled training steps beside MaxText's: same model, batch, topology and compiler, no chip involved.
 
-    `ratio` is the smallest of limit x theirs / ours, over cases and figures: above 1, all limits are kept.
+    `ratio` is the smallest of limit x theirs / ours, over cases and figures: above 1, all limits are kept. A case that
+    one side does not compile has its error in place of figures, and a ratio of 0.
 
     Args:
       python: an interpreter that has MaxText and, as MaxText brings it along, what jaxllm needs.
 
     Raises:
-      UserError: no such peer, or it is not installed there.
+      UserError: no such peer, or it is not installed there: no case compiles.
     """
     if peer != "maxtext":
         raise UserError(f"bench plan: no peer {peer!r}; known: maxtext")
     cases: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in CASES:
-            sides = {side: _compiled(python, side, name, Path(folder) / f"{name}.{side}") for side in ("ours", "maxtext")}
-            ratios = {
-                figure: limit * sides["maxtext"][figure] / sides["ours"][figure] for figure, limit in LIMITS.items()
-            }
-            shown = ", ".join(f"{k} {sides['ours'][k] / sides['maxtext'][k]:.3f} (at most {v})" for k, v in LIMITS.items())
-            print(f"{name}: ours / MaxText: {shown}", file=sys.stderr)
-            cases[name] = sides | {"ratios": ratios}
-    worst = {name: min(case["ratios"].values()) for name, case in cases.items()}
+    for name in CASES:
+        try:
+            cases[name] = _case(python, name)
+        except UserError as e:
+            print(e, file=sys.stderr)
+            cases[name] = {"error": str(e)}
+    if all("error" in case for case in cases.values()):
+        raise UserError(next(iter(cases.values()))["error"])
+    worst = {name: min(case["ratios"].values()) if "ratios" in case else 0.0 for name, case in cases.items()}
     return {
-        "unit": "smallest of limit x MaxText / ours over peak memory, collective bytes, FLOPs and predicted step time",
+        "unit": "smallest of limit x MaxText / ours over peak memory, collective bytes, FLOPs and predicted step time; "
+        "0 for a case that does not compile",
         "ratio": min(worst.values()), "worst": worst, "limits": LIMITS, "cases": cases, "config": {"python": python},
         "peer_is": "MaxText's published scripts and defaults, compiled ahead of time; step times are predicted for both",
     }  # fmt: skip
+
+
+def _case(python: str, name: str) -> dict[str, Any]:
+    """Both sides of a case and their ratios. Theirs first: without MaxText it fails at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {side: _compiled(python, side, name, Path(folder) / side) for side in ("maxtext", "ours")}
+    ratios = {figure: limit * sides["maxtext"][figure] / sides["ours"][figure] for figure, limit in LIMITS.items()}
+    shown = ", ".join(f"{k} {sides['ours'][k] / sides['maxtext'][k]:.3f} (at most {v})" for k, v in LIMITS.items())
+    print(f"{name}: ours / MaxText: {shown}", file=sys.stderr)
+    return sides | {"ratios": ratios}
 
 
 def _compiled(python: str, side: str, case: str, file: Path) -> dict[str, Any]:
     """One side of a case, compiled in a process of its own."""
     root = str(Path(jaxllm.__file__).parents[1])
     command = [python, "-m", "jaxllm.plan.maxtext", side, case, str(file)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, check=False)
+    env = os.environ | {"PYTHONPATH": root}
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    except OSError as e:
+        raise UserError(
+            f"bench plan: --peer-python {python} does not start ({e.strerror}); name a Python that has MaxText"
+        ) from None
     if not file.exists():
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         hint = "; --peer-python names the interpreter that has MaxText" if "ModuleNotFoundError" in last else ""

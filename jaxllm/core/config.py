@@ -257,8 +257,8 @@ def _locate(schema: Any, loc: tuple) -> tuple[list[str], set[str], list[type[Con
     path, here = [], [schema]
     for part in loc:
         tagged = [t for t in here if _kind(t) == part] if len(here) > 1 else []
-        if tagged:
-            here = tagged
+        if tagged or str(part).startswith("<"):  # of a union told apart by more than `kind`
+            here = tagged or here
             continue
         path.append(str(part))
         if isinstance(part, int):

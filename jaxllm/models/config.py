@@ -5,9 +5,9 @@ Each choice is a small tagged part with its paper. The component that a part des
 """
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from jaxllm.core.config import Config, merge, union
 from jaxllm.models.masks import Causal, Mask
@@ -320,4 +320,30 @@ Model = union(DecoderConfig)
 
 # What the backward pass keeps of a layer instead of computing it again; see jaxllm.models.remat.
 Kept = Literal["q", "k", "v", "attention", "residual", "gate", "up"]
-Remat = Literal["none", "full", "dots", "save_attention", "offload"] | tuple[Kept, ...]
+Policy = Literal["none", "full", "dots", "save_attention", "offload"]
+
+
+class Keep(Config):
+    """What is kept of a layer, by name, and where; a bare list is `device`."""
+
+    device: tuple[Kept, ...] = ()  # in the device's memory, besides the layer's input
+    host: tuple[Literal["input", "q", "k", "v", "attention", "residual", "gate", "up"], ...] = ()  # in the host's
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_list(cls, value: Any) -> Any:
+        if isinstance(value, dict):  # laid over `remat: full` of a base, which stood for {kind: full}
+            return {k: v for k, v in value.items() if k != "kind" or v not in get_args(Policy)}
+        return {"device": value} if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _each_in_one_place(self):
+        if twice := [name for name in self.device if name in self.host]:
+            raise ValueError(f"{twice[0]} cannot be kept in both places, device={self.device} and host={self.host}")
+        return self
+
+
+Remat = Annotated[
+    Annotated[Policy, Tag("<policy>")] | Annotated[Keep, Tag("<keep>")],
+    Discriminator(lambda value: "<policy>" if isinstance(value, str) else "<keep>"),
+]

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxllm.models.config import Remat
+from jaxllm.models.config import Keep, Remat
 
 
 def recomputed(elementwise: Callable) -> Callable:
@@ -22,22 +22,32 @@ def remat(layer: Callable, policy: Remat, *, scanned: bool) -> Callable:
 
     none: everything is kept. full: only the layer's input. dots: results of weight matmuls. save_attention: queries,
     keys, values and attention output (Korthikanti et al. 2022, arXiv:2205.05198, section 5, the cheap rest is
-    computed again). offload: like save_attention, kept in host memory. Or the names of what is kept besides the
-    layer's input: q, k, v (rotated), attention (its output before the projection), residual (the stream between
-    attention and feed-forward), gate, up (of the feed-forward, before the activation).
+    computed again). offload: like save_attention, kept in host memory. Or the names of what is kept: input (of the
+    layer), q, k, v (rotated), attention (its output before the projection), residual (the stream between attention and
+    feed-forward), gate, up (of the feed-forward, before the activation).
     """
-    policies = jax.checkpoint_policies
-    if isinstance(policy, tuple):
-        keep = policies.save_only_these_names(*policy)
-        return jax.checkpoint(layer, policy=keep, prevent_cse=not scanned)
-    kept: dict[str, Any] = {
-        "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "save_attention": policies.save_only_these_names("q", "k", "v", "attention"),
-        "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=["q", "k", "v", "attention"],
-            offload_src="device", offload_dst="pinned_host",
-        ),
-    }  # fmt: skip
+    if policy == "none":
+        return layer
     # XLA merges equal computations, which would undo it; those of two loops (a scan's) it cannot merge.
-    return layer if policy == "none" else jax.checkpoint(layer, policy=kept[policy], prevent_cse=not scanned)
+    return jax.checkpoint(layer, policy=_saveable(policy), prevent_cse=not scanned)
+
+
+def _saveable(policy: Remat) -> Callable[..., Any]:
+    policies, attention = jax.checkpoint_policies, ("q", "k", "v", "attention")
+    match policy:
+        case "full":
+            return policies.nothing_saveable
+        case "dots":
+            return policies.dots_with_no_batch_dims_saveable
+        case "save_attention":
+            keep = Keep(device=attention)
+        case "offload":
+            keep = Keep(host=attention)
+        case _:
+            keep = policy
+    if not keep.host:
+        return policies.save_only_these_names(*keep.device)
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=keep.device, names_which_can_be_offloaded=keep.host,
+        offload_src="device", offload_dst="pinned_host",
+    )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxllm.core.shapes import Int
+from jaxllm.core.shapes import Float, Int
 from jaxllm.parallel.config import GPipe, Interleaved, OneForwardOneBackward, ZeroBubble
 
 IDLE, F, B, W = range(4)  # what a device does in a tick
@@ -192,14 +192,18 @@ def bubble(table: Table, inputs: float = 1.0, weights: float = 1.0, again: float
       inputs, weights: time of these gradients, of one stage and unit, in forward passes.
       again: what the backward pass computes of the forward pass again, in forward passes.
     """
-    cost = np.array([0, 1, again + inputs + (0 if W in table.op else weights), weights])[table.op]
+    return idle(table, np.array([0, 1, again + inputs + (0 if W in table.op else weights), weights])[table.op])
+
+
+def idle(table: Table, times: Float[np.ndarray, "ticks devices"]) -> float:
+    """As `bubble`, given what each device's tick takes."""
     clock = np.zeros(table.devices)
-    for spent, pairs in zip(cost, _messages(table)):
+    for spent, pairs in zip(times, _messages(table)):
         done = clock + spent
         clock = done.copy()
         for source, target in itertools.chain(*pairs):
             clock[target] = max(clock[target], done[source])
-    return 1 - float(cost.sum() / (table.devices * clock.max()))
+    return 1 - float(times.sum() / (table.devices * clock.max()))
 
 
 def in_flight(table: Table, device: int, until: int = B) -> int:

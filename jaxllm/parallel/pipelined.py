@@ -5,7 +5,8 @@ others', while data, fsdp, tensor, ... go on as everywhere else, by the constrai
 device is told are its `Cell`s of `jaxllm.parallel.pipeline`, integers it reads tick by tick.
 
 What a tick may not do is skipped by a loop of no iterations rather than by a conditional: XLA hands the buffers of a
-loop through in place, those of a conditional it copies, and here they are gradients and activations.
+loop through in place, those of a conditional it copies, and here they are gradients and activations. How often such a loop runs no text
+of a program tells; `runs` does.
 """
 
 import functools
@@ -22,6 +23,10 @@ from jaxllm.parallel.backward import Leaves, Pullback
 from jaxllm.parallel.pipeline import B, Cell, F, Instructions, W
 
 AXIS = "pipe"
+
+# Names, in the compiled program, of the loops that run by what a device is told, and of the choice of a route.
+TICKS = {F: "pipe_forward", B: "pipe_backward", W: "pipe_weights"}
+FIRST, LAST, NOT_LAST, GROUPS, ROUTE = "pipe_first", "pipe_last", "pipe_not_last", "pipe_groups", "pipe_route"
 
 
 class Model(NamedTuple):
@@ -110,6 +115,19 @@ def _over_stages(fn: Callable, mesh: jax.sharding.Mesh, out_specs: PyTree) -> Ca
     )  # fmt: skip
 
 
+def runs(program: Instructions, stages: Stages) -> dict[str, float | tuple[float, ...]]:
+    """How often, in the mean over devices, what is skipped or chosen is run, by its scope: of ticks, or within one.
+
+    Of `ROUTE`: the share of ticks for each of the routes.
+    """
+    op, S = program.cells[:, :, Cell._fields.index("op")], len(stages.counts)
+    routes = np.bincount(program.route, minlength=len(program.routes)) / len(program.route)
+    return {
+        **{TICKS[kind]: float((op == kind).mean()) for kind in TICKS},
+        FIRST: 1 / S, LAST: 1 / S, NOT_LAST: 1 - 1 / S, GROUPS: sum(stages.counts) / S, ROUTE: tuple(routes.tolist()),
+    }  # fmt: skip
+
+
 class Carry(NamedTuple):
     """All that a device has from tick to tick besides weights."""
 
@@ -172,10 +190,10 @@ class Device:
                 gradients=received(carry.gradients, carry.arrived_gradient, cell.arriving_gradient),
             )
             for kind in self.kinds:
-                carry = when(cell.op == kind, functools.partial(ops[kind], cell), carry)
-            arrived = jax.lax.switch(
-                route, [functools.partial(self.send, *pairs) for pairs in self.program.routes], carry.x
-            )
+                carry = when(TICKS[kind], cell.op == kind, ops[kind], cell, carry)
+            with jax.named_scope(ROUTE):
+                routes = [functools.partial(self.send, *pairs) for pairs in self.program.routes]
+                arrived = jax.lax.switch(route, routes, carry.x)
             return carry._replace(arrived=arrived[0], arrived_gradient=arrived[1]), None
 
         return jax.lax.scan(tick, self.start(), (cells, jnp.asarray(self.program.route)))[0]
@@ -188,44 +206,42 @@ class Device:
     # --- what a tick may hold ----------------------------------------------------------------------------------------
 
     def forward(self, cell: Cell, carry: Carry) -> Carry:
-        model = self.model
-        unit = model.unit(self.batch, cell.unit)
-        at_end = cell.stage == self.last
-        run = functools.partial(self.run_layers, cell, unit, keep=self.trains and not self.program.recompute)
+        run, at_end = functools.partial(self.run_layers, keep=self.trains and not self.program.recompute), cell.stage == self.last
+
+        def measured(cell: Cell, sums: PyTree) -> PyTree:
+            return jax.tree.map(jnp.add, sums, self.model.last(self.shared, carry.x, self.unit(cell))[1])
+
         if not self.trains:
-            carry = run(carry)
-            sums = when(
-                at_end, lambda s: jax.tree.map(jnp.add, s, model.last(self.shared, carry.x, unit)[1]), carry.sums
-            )
-            return carry._replace(sums=sums)
+            carry = run(cell, carry)
+            return carry._replace(sums=when(LAST, at_end, measured, cell, carry.sums))
         # The last stage goes forward as it goes backward; but for slices of tokens, which look at those before them.
-        return run(carry) if model.slices > 1 else when(~at_end, run, carry)
+        return run(cell, carry) if self.model.slices > 1 else when(NOT_LAST, ~at_end, run, cell, carry)
 
     def backward(self, cell: Cell, carry: Carry) -> Carry:
         model = self.model
-        unit = model.unit(self.batch, cell.unit)
-        at_end = cell.stage == self.last
-        run = functools.partial(self.run_layers, cell, unit, keep=True)
-        carry = run(carry) if self.program.recompute else when(at_end, run, carry)
+        run, at_end = functools.partial(self.run_layers, keep=True), cell.stage == self.last
+        carry = run(cell, carry) if self.program.recompute else when(LAST, at_end, run, cell, carry)
 
-        def loss(c):
+        def loss(cell: Cell, c: PyTree) -> PyTree:
             x, d_shared, sums = c
+            unit = self.unit(cell)
             _, pull, new = jax.vjp(lambda shared, y: model.last(shared, y, unit), self.shared, x, has_aux=True)
             more, dy = pull(jnp.float32(1))
             return model.settle(dy), self.add_shared(d_shared, more), jax.tree.map(jnp.add, sums, new)
 
         y = jnp.where(at_end, carry.x, read(carry.gradients, cell.gradient))
-        dy, d_shared, sums = when(at_end, loss, (y, carry.d_shared, carry.sums))
-        carry = self.run_layers_back(cell, unit, carry._replace(x=dy, sums=sums))
+        dy, d_shared, sums = when(LAST, at_end, loss, cell, (y, carry.d_shared, carry.sums))
+        carry = self.run_layers_back(cell, carry._replace(x=dy, d_shared=d_shared, sums=sums))
 
-        def embedding(d_shared):
+        def embedding(cell: Cell, d_shared: PyTree) -> PyTree:
+            unit = self.unit(cell)
             _, pull = jax.vjp(lambda shared: model.first(shared, unit), self.shared)
             return self.add_shared(d_shared, *pull(carry.x))
 
-        return carry._replace(d_shared=when(cell.stage == 0, embedding, d_shared))
+        return carry._replace(d_shared=when(FIRST, cell.stage == 0, embedding, cell, carry.d_shared))
 
     def weights(self, cell: Cell, carry: Carry) -> Carry:
-        context = self.model.context(self.model.unit(self.batch, cell.unit))
+        context = self.model.context(self.unit(cell))
         base = cell.chunk * self.stages.places
 
         def group(g, d_layers):
@@ -235,15 +251,18 @@ class Device:
 
         return carry._replace(d_layers=self.each_group(cell, group, carry.d_layers))
 
+    def unit(self, cell: Cell) -> PyTree:
+        return self.model.unit(self.batch, cell.unit)
+
     # --- the layers of a stage ---------------------------------------------------------------------------------------
 
-    def run_layers(self, cell: Cell, unit: PyTree, carry: Carry, *, keep: bool) -> Carry:
+    def run_layers(self, cell: Cell, carry: Carry, *, keep: bool) -> Carry:
         """The stage forward; `keep` what its gradient needs."""
-        model = self.model
+        model, unit = self.model, self.unit(cell)
         context, base = model.context(unit), cell.chunk * self.stages.places
         microbatch, slice_ = cell.unit // model.slices, cell.unit % model.slices
         x = read(carry.inputs, cell.input)
-        x = when(cell.stage == 0, lambda _: model.settle(model.first(self.shared, unit)), x)
+        x = when(FIRST, cell.stage == 0, lambda cell, _: model.settle(model.first(self.shared, self.unit(cell))), cell, x)
 
         def group(g, c):
             x, kept, past = c
@@ -261,10 +280,10 @@ class Device:
         x, kept, past = self.each_group(cell, group, (x, carry.kept, carry.past))
         return carry._replace(x=x, kept=kept, past=past)
 
-    def run_layers_back(self, cell: Cell, unit: PyTree, carry: Carry) -> Carry:
+    def run_layers_back(self, cell: Cell, carry: Carry) -> Carry:
         """The stage backward, from the gradient of its output in `x` to that of its input."""
         model = self.model
-        context, base = model.context(unit), cell.chunk * self.stages.places
+        context, base = model.context(self.unit(cell)), cell.chunk * self.stages.places
         slice_ = cell.unit % model.slices
 
         def group(i, c):
@@ -291,7 +310,8 @@ class Device:
     def each_group(self, cell: Cell, fn: Callable, carry: PyTree) -> PyTree:
         if self.even:
             return jax.lax.fori_loop(0, self.stages.places, fn, carry, unroll=self.unroll)
-        return jax.lax.fori_loop(0, self.count(cell), fn, carry)
+        with jax.named_scope(GROUPS):
+            return jax.lax.fori_loop(0, self.count(cell), fn, carry)
 
     def count(self, cell: Cell) -> Int[Array, ""] | int:
         """Groups of the stage."""
@@ -322,9 +342,18 @@ def settled(gradient: Array, spec: PartitionSpec) -> Float[Array, "..."]:
     return jax.lax.with_sharding_constraint(gradient.astype(jnp.float32), where)
 
 
-def when(fact: Bool[Array, ""], fn: Callable[[PyTree], PyTree], carry: PyTree) -> PyTree:
-    """fn(carry) or carry: a loop of one iteration or none."""
-    return jax.lax.fori_loop(0, fact.astype(jnp.int32), lambda _, c: fn(c), carry)
+def when(
+    scope: str, fact: Bool[Array, ""], fn: Callable[[Cell, PyTree], PyTree], cell: Cell, carry: PyTree
+) -> PyTree:
+    """fn(cell, carry) or carry: a loop of one iteration or none, by whose scope it is known in the compiled program."""
+
+    def once(i: Array, carry: PyTree) -> PyTree:
+        # Of what a device is told alone XLA would compute all that follows before the loop, whether it runs or not.
+        told, _ = jax.lax.optimization_barrier((cell, i))
+        return fn(told, carry)
+
+    with jax.named_scope(scope):
+        return jax.lax.fori_loop(0, fact.astype(jnp.int32), once, carry)
 
 
 def zeros(like: jax.ShapeDtypeStruct, *leading: int) -> Array:

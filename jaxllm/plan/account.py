@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -93,6 +94,7 @@ class Cost(NamedTuple):
 
     flops: float
     cycles: float
+    asked: float = 0.0  # FLOPs that attention asks for, by whatever kernels
 
 
 class Account(NamedTuple):
@@ -100,13 +102,14 @@ class Account(NamedTuple):
 
     flops: float  # of matrix products and convolutions, kernels left out
     kernel_flops: float
+    kernel_asked: float  # of them, those that attention asks for: the pace of a chip is of these
     cycles: dict[str, float]  # by where they are known from, see `account`
     traffic: float  # bytes of HBM that instructions read and write, kernels included
     host_traffic: float  # bytes that go to and from pinned memory of the host
     collectives: tuple[Collective, ...]
     kernels: tuple[Kernel, ...]
     loops: dict[str, int]  # trip counts by name
-    branches: int  # conditionals whose branches differ in what they cost
+    scopes: dict[str, float]  # cycles of one run of each loop that `runs` tells of, without those within it
     notes: dict[str, int]  # what could not be told, and how often
 
     @property
@@ -135,7 +138,8 @@ def _sums(pairs) -> dict:
 
 class _Tally:
     def __init__(self):
-        self.numbers: Counter = Counter()  # flops, kernel_flops, traffic, and ("cycles", source)
+        self.numbers: Counter = Counter()  # flops, kernel_flops, kernel_asked, traffic, ...; ("cycles", source);
+        # told: cycles of what `runs` tells of
         self.collectives: Counter = Counter()  # Collective of count 1 -> count
         self.kernels: Counter = Counter()  # Kernel of count 1 -> count
         self.loops: dict[str, int] = {}
@@ -166,7 +170,7 @@ def account(
     chip: Chip,
     *,
     kernel_cost: Callable[[Kernel], Cost] | None = None,
-    branches: Literal["mean", "most"] = "mean",
+    runs: Mapping[str, float | tuple[float, ...]] = MappingProxyType({}),
 ) -> Account:
     """Counts a program from its entry, the bodies of loops as often as they run.
 
@@ -177,17 +181,18 @@ def account(
     Args:
       kernel_cost: of one call of a kernel; default: no products, and the cycles libtpu simulated or, without them,
         those of reading and writing its arrays once.
-      branches: of a conditional, which each device takes its own way through: the mean, or the one of most cycles.
+      runs: by the `jax.named_scope` around it, how often a loop runs whose trips no text tells, or the share of its runs
+        in which a conditional takes each of its branches; of conditionals that are not named, each as often.
     """
-    walker = _Walker(program, layout, chip, kernel_cost or (lambda k: Cost(0.0, k.cycles or 0.0)), branches)
+    walker = _Walker(program, layout, chip, kernel_cost or (lambda k: Cost(0.0, k.cycles or 0.0)), runs)
     tally = walker.run(program.entry)
     return Account(
-        float(tally.numbers["flops"]), float(tally.numbers["kernel_flops"]),
+        float(tally.numbers["flops"]), float(tally.numbers["kernel_flops"]), float(tally.numbers["kernel_asked"]),
         {key[1]: float(n) for key, n in tally.numbers.items() if isinstance(key, tuple)},
         float(tally.numbers["traffic"]), float(tally.numbers["host_traffic"]),
         tuple(c._replace(count=float(n)) for c, n in tally.collectives.items()),
         tuple(k._replace(count=float(n)) for k, n in tally.kernels.items()), tally.loops,
-        walker.differing, dict(tally.notes),
+        walker.scopes, dict(tally.notes),
     )  # fmt: skip
 
 
@@ -209,9 +214,10 @@ class _Async(NamedTuple):
 
 
 class _Walker:
-    def __init__(self, program: Program, layout: Layout, chip: Chip, kernel_cost: Callable, branches: str):
-        self.program, self.layout, self.chip, self.kernel_cost = program, layout, chip, kernel_cost
-        self.branches, self.done, self.differing = branches, {}, 0
+    def __init__(self, program: Program, layout: Layout, chip: Chip, kernel_cost: Callable, runs: Mapping):
+        self.program, self.layout, self.chip, self.kernel_cost, self.runs = program, layout, chip, kernel_cost, runs
+        self.done: dict[str, _Tally] = {}
+        self.scopes: dict[str, float] = {}
 
     def run(self, name: str) -> _Tally:
         """One run of a computation."""
@@ -260,21 +266,36 @@ class _Walker:
     # --- control flow ---
 
     def _loop(self, tally: _Tally, computation: Computation, i: Instruction) -> None:
-        trips = trip_count(self.program, computation, i)
-        if trips is None:
-            tally.notes[f"trip count of {i.name} is not known, counted once"] += 1
-        else:
+        body = self.run(i.attribute(r"body=%([\w.\-]+)"))
+        trips, scopes = trip_count(self.program, computation, i), self._scopes(i)
+        if trips is not None:
             tally.loops[i.name] = trips
-        tally.add(self.run(i.attribute(r"body=%([\w.\-]+)")), float(1 if trips is None else trips))
+            tally.add(body, float(trips))
+        elif scopes:
+            often, path = self.runs[scopes[-1]], ".".join(scopes)
+            self.scopes[path] = self.scopes.get(path, 0.0) + body.cycles - body.numbers["told"]
+            tally.add(body, often)
+            tally.numbers["told"] = body.cycles * often
+        else:
+            tally.notes[f"trip count of {i.name} is not known, counted once"] += 1
+            tally.add(body)
 
     def _conditional(self, tally: _Tally, i: Instruction) -> None:
-        ways = [self.run(name) for name in i.calls()]
-        self.differing += len({(way.cycles, way.numbers["flops"]) for way in ways}) > 1
-        if self.branches == "most":
-            tally.add(max(ways, key=lambda way: (way.cycles, way.numbers["flops"])))
-        else:
-            for way in ways:
-                tally.add(way, 1 / len(ways))
+        ways, scopes = [self.run(name) for name in i.calls()], self._scopes(i)
+        shares = self.runs[scopes[-1]] if scopes else ()
+        if "true_computation" in i.attributes:
+            shares = shares[::-1]  # of branches by number, false is the first
+        if len(shares) != len(ways):
+            shares = [1 / len(ways)] * len(ways)
+            if len({(way.cycles, way.numbers["flops"]) for way in ways}) > 1:
+                tally.notes[f"which branch of {i.name} is taken is not known, each counted as often"] += 1
+        for way, share in zip(ways, shares):
+            tally.add(way, share)
+
+    def _scopes(self, i: Instruction) -> list[str]:
+        """Names of `runs` around an instruction, the outermost first; none if it is not the very one they are about."""
+        path = (i.attribute(r'op_name="([^"]*)"') or "").split("/")
+        return [name for name in path if name in self.runs] if path[-2:-1] and path[-2] in self.runs else []
 
     def _call(self, tally: _Tally, i: Instruction, at: int, ends: "_Ends", flying: list) -> None:
         for name in i.calls():
@@ -316,6 +337,7 @@ class _Walker:
         floor = kernel.bytes / self.chip.device_bandwidth * self.chip.clock
         tally.kernels[kernel] += 1
         tally.numbers["kernel_flops"] += cost.flops
+        tally.numbers["kernel_asked"] += cost.asked
         tally.numbers["traffic"] += kernel.bytes
         tally.numbers["cycles", "kernels"] += max(cost.cycles, floor)
 

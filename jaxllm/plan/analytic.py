@@ -13,11 +13,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxllm.models.config import DecoderConfig
+from jaxllm.models.config import DecoderConfig, Keep
 from jaxllm.models.count import attention_weights, ffn_weights, flops_per_token, parameters, parts, vocabulary
 from jaxllm.plan.network import Numbers, wires
 from jaxllm.plan.topology import Topology
@@ -114,9 +114,9 @@ POLICIES = {
 }
 
 
-def kept(remat: str | tuple[str, ...]) -> Kept:
+def kept(remat: str | Keep) -> Kept:
     """What a run's `remat` keeps."""
-    return POLICIES[remat] if isinstance(remat, str) else Kept(frozenset(remat))
+    return POLICIES[remat] if isinstance(remat, str) else Kept(frozenset(remat.device), frozenset(remat.host))
 
 
 class _Remat(NamedTuple):
@@ -133,6 +133,7 @@ class _Remat(NamedTuple):
     again: float  # passes over the rest: norms, activations
 
 
+@functools.lru_cache(4096)
 def _remat(policy: Kept, s: Sizes) -> _Remat:
     stream = {"input": s.embed, "residual": s.embed, "down": s.embed, "normed": 2 * s.embed}
     wide = {
@@ -175,13 +176,19 @@ class Plans:
     schedule: Numbers  # index into SCHEDULES
     chunks: Numbers  # stages a device holds
     accumulate: Numbers  # microbatches
+    recompute: Numbers  # whether a stage of a pipeline goes forward again before it goes backward; 0 without stages
     remat: Numbers  # index into `policies`
     offload: Numbers  # whether optimizer state waits in host memory
     policies: Sequence[Kept] = tuple(POLICIES.values())
+    # What a config may ask for, and no search chooses: alike in all plans.
+    slices: int = 1  # of tokens, that a microbatch is cut into on its way through a pipeline
+    across: str | None = None  # mesh axis over the slices of a topology; None: data, pipe or fsdp, the first that can
+    crossing: float = 1.0  # what crosses `data` in a step, of what gradients at every microbatch would be
+    parameters_on_host: bool = False
 
     CHOICES = (
         "data", "pipe", "fsdp", "context", "tensor", "zero", "norm_seq", "ulysses", "schedule", "chunks", "accumulate",
-        "remat", "offload",
+        "recompute", "remat", "offload",
     )  # fmt: skip
 
     def __len__(self) -> int:
@@ -193,11 +200,12 @@ class Plans:
         return dataclasses.replace(self, **full)
 
     @classmethod
-    def one(cls, policy: Kept = POLICIES["full"], **choices: int) -> "Plans":
+    def one(cls, policy: Kept = POLICIES["full"], **choices: Any) -> "Plans":
         """A single plan: what is not said is one device, ZeRO 3, 1F1B."""
-        low = {name: 1 for name in cls.CHOICES}
-        low |= {"zero": 3, "norm_seq": 0, "ulysses": 0, "schedule": SCHEDULES.index("1f1b"), "remat": 0, "offload": 0}
-        return cls(**{name: np.array([n]) for name, n in (low | choices).items()}, policies=(policy,))
+        low = {"data": 1, "pipe": 1, "fsdp": 1, "context": 1, "tensor": 1, "zero": 3, "schedule": SCHEDULES.index("1f1b")}
+        low |= {"chunks": 1, "accumulate": 1} | choices
+        columns = {name: np.array([low.get(name, 0)]) for name in cls.CHOICES}
+        return cls(**columns, policies=(policy,), **{n: v for n, v in choices.items() if n not in cls.CHOICES})
 
 
 # --- estimates -------------------------------------------------------------------------------------------------------
@@ -325,14 +333,21 @@ def memory(job: Job, p: Plans) -> Memory:
 
     inside = 3 * s.embed / cut + 2 * s.embed
     inside = inside + (1.5 * (s.queries + 2 * s.keys) + (s.ups + 1) * s.wide * s.used) / p.tensor
+    # Recomputed, a stage keeps its inputs, and what its layers keep while one unit goes backward.
+    here, again_forward = s.layers / p.pipe, p.recompute > 0
+    layers = np.where(again_forward, here / p.chunks, here * in_flight(p))
+    inputs = np.where(again_forward, s.embed / cut * p.chunks * in_flight(p), 0)
+    # Both sides of every product of a layer wait for the gradients of its weights, of as many units as stages.
+    late = 4 * s.embed / cut + (2 * s.queries + 2 * s.keys + (s.ups + 1) * s.wide * s.used) / p.tensor
+    late = late * here * np.where((p.schedule == 3) & (p.pipe > 1), p.pipe, 0)
     return Memory(
-        parameters=from_stage(3) * job.weight_bytes,
+        parameters=from_stage(3) * job.weight_bytes * (not p.parameters_on_host),
         optimizer=from_stage(1) * job.optimizer_bytes * (1 - p.offload),
         cast=from_stage(3) * (b if b != job.weight_bytes else 0),
-        activations=kept * b * micro * s.layers / p.pipe * in_flight(p),
+        activations=(kept * layers + inputs + late) * b * micro / p.slices,
         gradients=from_stage(2) * np.where(p.accumulate > 1, 4 + b, b),
-        layer=inside * b * micro + 1.5 * gathered * b,
-        head=micro * s.vocab / p.tensor * (4 + b),  # logits, and their gradient in the type of products
+        layer=inside * b * micro / p.slices + 1.5 * gathered * b,
+        head=micro / p.slices * s.vocab / p.tensor * (4 + b),  # logits, and their gradient in the type of products
     )
 
 
@@ -364,9 +379,10 @@ def work(job: Job, on: Topology, p: Plans) -> Work:
     """What each plan makes a device do."""
     s, b, chip, t = job.sizes, job.compute_bytes, on.chip, p.tensor
     peak, bandwidth, tile = chip.device_flops, chip.device_bandwidth, TILES.get(chip.name, 128)
-    net = wires(on, {axis: getattr(p, axis) for axis in ("tensor", "context", "fsdp", "pipe", "data")})
+    net = wires(on, {axis: getattr(p, axis) for axis in ("tensor", "context", "fsdp", "pipe", "data")}, p.across)
     micro, m, again, cut = tokens(job, p), p.accumulate, _policies(job, p), np.where(p.norm_seq, t, 1)
-    here = s.layers / p.pipe  # layers of a device
+    here, twice = s.layers / p.pipe, p.recompute * (1 - 1 / (p.pipe * p.chunks))  # the last stage goes forward once
+    forward = 1 + twice  # passes
 
     def padded(width: Numbers) -> Numbers:
         return np.ceil(width / tile) * tile
@@ -374,10 +390,10 @@ def work(job: Job, on: Topology, p: Plans) -> Work:
     # Matrix products [tokens, k] x [k, n] of a layer: (k, n, how many, share that is computed again).
     q, kv, wide, d = s.queries / t, s.keys / t, s.wide / t, np.full(len(p), float(s.embed))
     layer = (
-        (d, q, 1, again.qkv), (d, kv, 2, again.qkv), (q, d, 1, again.out),
-        (d, wide, s.ups * s.used, again.up), (wide, d, s.used, 0),
+        (d, q, 1, again.qkv + twice), (d, kv, 2, again.qkv + twice), (q, d, 1, again.out + twice),
+        (d, wide, s.ups * s.used, again.up + twice), (wide, d, s.used, twice),
     )  # fmt: skip
-    head = (d, s.vocab / t, 1, 0)
+    head = (d, s.vocab / t)
 
     def seconds(k: Numbers, n: Numbers) -> Numbers:
         return 2 * micro * padded(k) * padded(n) / (peak * job.speed)
@@ -388,13 +404,13 @@ def work(job: Job, on: Topology, p: Plans) -> Work:
     def total(of, passes) -> Numbers:
         """Of all products of a step; `passes` tells how often from the share that is computed again."""
         in_layers = sum(times * passes(share) * of(k, n) for k, n, times, share in layer)
-        return m * (here * in_layers + passes(head[3]) * of(*head[:2]))
+        return m * (here * in_layers + passes(0) * of(*head))
 
     # The flash backward pass computes scores again: 5 products for the forward pass's 2 (arXiv:2307.08691, 3.1).
-    attention = m * here * s.pairs / t * (1 + 2.5 + again.pairs) * micro / peak
+    attention = m * here * s.pairs / t * (forward + 2.5 + again.pairs) * micro / peak
     # Elements that norms, rotation and activation read and write; per logit, the loss and its gradient move 16 bytes.
     moved = 4 * s.embed / cut + 2 * (q + kv) + (s.ups + 1) * wide * s.used
-    elementwise = here * moved * b * (3 + again.again) * micro + 16 * s.vocab / t * micro + 8 * s.vocab * s.embed / t
+    elementwise = here * moved * b * (2 + forward + again.again) * micro + 16 * s.vocab / t * micro + 8 * s.vocab * s.embed / t
 
     held, shared = _parameters(s, p), p.fsdp * p.context
     own = held / np.where(p.zero >= 1, shared, 1)  # parameters whose optimizer state a device has
@@ -406,26 +422,27 @@ def work(job: Job, on: Topology, p: Plans) -> Work:
     # updated weights are gathered once. Gradients are scattered (or, unshared, all-reduced) for each microbatch.
     weights = b * held
     gather = np.where(
-        p.zero == 3, m * 2 * net.shared.gather(weights, 4 * here),
+        p.zero == 3, m * (1 + forward) * net.shared.gather(weights, 4 * here),
         (p.zero > 0) * net.shared.gather(job.weight_bytes * held, 1),
     )  # fmt: skip
     scatter = m * np.where(p.zero >= 2, 1, 2) * net.shared.gather(weights, 4 * here)
-    data = m * 2 * net.data.gather(b * kept_gradients, 4 * here)
+    data = m * 2 * net.data.gather(b * kept_gradients, 4 * here) * p.crossing
     stream = micro * s.embed * b
     # All-reduces of a layer, or a gather and a scatter for each: two forward, two backward, one computed again unless
     # the stream is kept; cut along the row, inputs of products are gathered once more (arXiv:2205.05198, 4.2.2).
-    crossings = here * (4 + again.out + p.norm_seq) + 2
+    crossings = here * (2 + 2 * forward + again.out + p.norm_seq) + 2
     tensor = m * 2 * net.tensor.gather(stream) * crossings
-    ring = (p.context - 1) * net.context.shift(2 * micro * kv * b) * (3 + again.pairs)
+    ring = (p.context - 1) * net.context.shift(2 * micro * kv * b) * (2 + forward + again.pairs)
     sent = kv * np.maximum(1, p.context * t / s.kv_heads)  # key-value heads too few for the shares go more than once
-    swapped = net.context.swap(micro * 2 * (q + sent) * b) * (2 + again.pairs)
+    swapped = net.context.swap(micro * 2 * (q + sent) * b) * (1 + forward + again.pairs)
     context = m * here * np.where(p.ulysses, swapped, ring)
     # Stages shift on every tick, forward and backward.
     pipe = (p.pipe > 1) * 2 * p.chunks * (m + p.pipe - 1) * net.pipe.shift(stream / cut)
     host = m * here * 2 * (again.host_stream / cut + again.host_wide / t) * micro * b
-    host = host + 2 * job.optimizer_bytes * own * p.offload
+    host = host + 2 * own * (job.optimizer_bytes * p.offload + job.weight_bytes * p.parameters_on_host)
 
-    idle = (p.pipe - 1) * np.select([p.schedule == 2, p.schedule == 3], [1 / p.chunks, 1 / 3], 1.0)
+    # ZB-H1 idles for F + B - W of F + B + W (arXiv:2401.10241, table 1), where B may hold another F.
+    idle = np.select([p.schedule == 2, p.schedule == 3], [1 / p.chunks, forward / (2 + forward)], 1 / p.slices)
     return Work(
         Terms(
             products=total(seconds, lambda share: 3), recompute=total(seconds, lambda share: share),
@@ -434,5 +451,5 @@ def work(job: Job, on: Topology, p: Plans) -> Work:
             data=data, host=host / (chip.pcie / chip.devices),
         ),
         products_floor=total(traffic, lambda share: 3), recompute_floor=total(traffic, lambda share: share),
-        ring=(p.context > 1) & (p.ulysses == 0), idle=idle, share=1 / m,
+        ring=(p.context > 1) & (p.ulysses == 0), idle=(p.pipe - 1) * idle, share=1 / m,
     )  # fmt: skip

@@ -27,7 +27,6 @@ from jaxllm.plan.analytic import (
     StepTime,
     Terms,
     Work,
-    kept,
     paced,
     sizes,
     step_time,
@@ -106,11 +105,8 @@ def _row(row: dict[str, Any], model: _Model, source: str) -> Published:
     job = Job(s, row["rows"], row.get("weights", 4), row.get("optimizer", 8), 2, row.get("speed", 1))
     mesh = row.get("mesh", {})
     fsdp = on.devices // math.prod(mesh.values())
-    keep = row["kept"]
-    if isinstance(keep, dict):
-        policy = Kept(*(frozenset(keep.get(place, ())) for place in ("device", "host")))
-    else:
-        policy = kept(tuple(keep))
+    keep = row["kept"] if isinstance(row["kept"], dict) else {"device": row["kept"]}
+    policy = Kept(*(frozenset(keep.get(place, ())) for place in ("device", "host")))
     plans = Plans.one(policy, fsdp=fsdp, accumulate=row.get("accumulate", 1), norm_seq=int("tensor" in mesh), **mesh)
     ((kind, value),) = row["measured"].items()
     counted = s.flops
@@ -134,8 +130,9 @@ def _row(row: dict[str, Any], model: _Model, source: str) -> Published:
 
 # Share of the peak of flash attention, forward and backward, counting visible pairs; of other chips it is fitted.
 # TPU: cycles that libtpu simulates of splash attention at 4096 tokens (v4: v5e's; v3: products without a kernel).
+# v6e: all that heads of 128 let a matrix unit of 256 do; the rows would have it above 0.9, but little depends on it.
 # h100: FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608, figure 6).
-ATTENTION = {"v3": 0.3, "v4": 0.46, "v5e": 0.46, "v5p": 0.47, "h100": 0.5}
+ATTENTION = {"v3": 0.3, "v4": 0.46, "v5e": 0.46, "v5p": 0.47, "v6e": 0.5, "h100": 0.5}
 LIKE = {"a100": "h100", "h200": "h100", "b200": "h100"}  # chips of which no run was published: as this one
 UNKNOWN = {"products": 0.5, "attention": 0.25}  # of any other chip
 
@@ -155,11 +152,11 @@ def calibration(on: Topology) -> Calibration:
 
 # --- the fit ---------------------------------------------------------------------------------------------------------
 
-Parameters = dict[str, float]  # `products v5p`, `attention v6e`, `hidden`, `hidden_blocking`
+Parameters = dict[str, float]  # `products v5p`, `attention tpu7x`, `hidden`, `hidden_blocking`
 START = {"products": 0.7, "attention": 0.3, "hidden": 0.8, "hidden_blocking": 0.5}
 GRIDS = {
     "products": np.arange(0.40, 0.951, 0.01),
-    "attention": np.arange(0.10, 0.451, 0.01),  # heads of 128 fill half of a matrix unit of 256
+    "attention": np.arange(0.10, 0.951, 0.01),
     "hidden": np.arange(0, 1.001, 0.05),
     "hidden_blocking": np.arange(0, 1.001, 0.05),
 }
@@ -211,12 +208,12 @@ def fit(rows: Sequence[Published]) -> Parameters:
 
     Coordinate descent over `GRIDS`: the same rows give the same numbers.
     """
-    return _fit(_Rows([row for row in rows if row.tuned]), {})
+    return _fit(_Rows([row for row in rows if row.tuned]))
 
 
-def _fit(known: _Rows, start: Parameters) -> Parameters:
+def _fit(known: _Rows) -> Parameters:
     names = [f"products {c}" for c in known.chips] + [f"attention {c}" for c in known.chips if c not in ATTENTION]
-    best = {n: start.get(n, START[n.split()[0]]) for n in [*names, "hidden", "hidden_blocking"]}
+    best = {n: START[n.split()[0]] for n in [*names, "hidden", "hidden_blocking"]}
     loss, before = float(known.loss(known.reached(best))), math.inf
     while loss < before:
         before = loss
@@ -249,12 +246,12 @@ class Check(NamedTuple):
 def leave_one_out(rows: Sequence[Published], group: Callable[[Published], str] = lambda row: row.name) -> list[Check]:
     """Every row predicted by the fit to the rows of other groups."""
     everything, groups = _Rows(rows), [group(row) for row in rows]
-    start = _fit(everything.only([row.tuned for row in rows]), {})
+    all_tuned = _fit(everything.only([row.tuned for row in rows]))
     checks: dict[str, Check] = {}
     for left_out in dict.fromkeys(groups):
         own = everything.only([g == left_out for g in groups])
         rest = [row.tuned and g != left_out for row, g in zip(rows, groups)]
-        parameters = _fit(everything.only(rest), start) if any(row.tuned for row in own.rows) else start
+        parameters = _fit(everything.only(rest)) if any(row.tuned for row in own.rows) else all_tuned
         time = own.predicted(own.reached(parameters))
         checks |= {r.name: Check(r, *map(float, t)) for r, *t in zip(own.rows, time.expected, time.low, time.high)}
     return [checks[r.name] for r in rows]

@@ -126,7 +126,8 @@ _ALL = (
     Chip(
         "v5p", "tpu", "TPU v5",
         clock=1.75e9,  # [libtpu]: peak / (8 arrays x 128 x 128 x 2)
-        flops=459e12, hbm_bytes=95 * GIB, hbm_bandwidth=2765e9,  # [docs]
+        flops=459e12, hbm_bandwidth=2765e9,  # [docs]
+        hbm_bytes=96 * GIB,  # assumed: 95 [docs], of which programs may use more [libtpu]
         hbm_usable=int(95.74 * GIB),  # [libtpu]
         watts=400,  # assumed: v4's, times the ratio of peaks, less what a new process saves
         cores=2, names_count="cores",
@@ -136,7 +137,9 @@ _ALL = (
     ),
     Chip(
         "v6e", "tpu", "TPU v6 lite",
-        clock=1.75e9,  # assumed: peak / (2 arrays x 256 x 256 x 2) at v5p's clock
+        # assumed, as v5p: peak / (4 x 256 x 256 x 2). [docs] say 2 arrays of 256 x 256, which would do 262,144 FLOPs a
+        # cycle; of a product of 8192 x 8192 x 8192 [libtpu] counts 369,000 a cycle.
+        clock=1.75e9,
         flops=918e12, hbm_bytes=32 * GIB, hbm_bandwidth=1638e9,  # [docs]
         hbm_usable=int(31.25 * GIB),  # [libtpu]
         watts=300,  # assumed: 4.7 x the work of v5e at what Google calls 67% better efficiency, and more
@@ -147,7 +150,7 @@ _ALL = (
     ),
     Chip(
         "tpu7x", "tpu", "TPU7x",
-        clock=2.2e9,  # assumed: peak / (4 arrays x 256 x 256 x 2)
+        clock=2.2e9,  # assumed, as v6e: peak / (2 cores x 4 x 256 x 256 x 2); [libtpu] counts 422,000 a core and cycle
         flops=2307e12, hbm_bytes=192 * GIB, hbm_bandwidth=7380e9,  # [docs]
         hbm_usable=int(189.5 * GIB),  # [libtpu]
         watts=900,  # assumed: Google's pod of 9216 draws about 10 MW

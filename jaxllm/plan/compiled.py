@@ -7,22 +7,26 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxllm.core.errors import UserError
 from jaxllm.models.config import Attention, DecoderConfig
 from jaxllm.models.count import flops_per_token, visible_pairs, vocabulary
 from jaxllm.models.masks import Coords
+from jaxllm.parallel import pipeline, pipelined
 from jaxllm.parallel.flags import compile_with, compiler_options, no_room
 from jaxllm.plan.account import Account, Cost, Kernel, Layout, account
 from jaxllm.plan.chips import GIB, Chip
 from jaxllm.plan.hlo import parse
 from jaxllm.plan.topology import Topology, devices
 from jaxllm.train.config import RunConfig
+from jaxllm.train.outer import MEETING
+from jaxllm.train.pipelined import stages as stages_of
 from jaxllm.train.step import abstract_batch, make_train_step, set_up
 
 
@@ -35,6 +39,7 @@ class Proof:
 
     on: Topology
     mesh: dict[str, int]  # devices by axis
+    across: str | None  # the axis over slices; None: there is one slice, or hosts numbered one after another
     rows: int  # of a batch, over all devices
     length: int  # tokens of a row
     fits: bool
@@ -51,7 +56,7 @@ class Proof:
     model_flops_square: float  # the same with all pairs counted, as PaLM does
     hardware_flops: float  # of matrix products that the program does, kernels included; 0 where the text is not known
     account: Account | None  # of the program's text; None where there is none
-    most: Account | None  # the same where devices go different ways (pipeline stages): for one that does most
+    bubble: float  # share of a step in which a device of a pipeline idles, by the cycles of its stages
     lower_s: float  # seconds on the clock from config to lowered program
     compile_s: float  # CPU seconds of the compiler, all threads
     compile_wall_s: float  # seconds on the clock
@@ -87,7 +92,6 @@ class Proof:
             "collective_bytes_by_axes": _by_axes(a) if a else None,
             "overlapped": a.overlapped if a else None,
             "cycles": a.cycles if a else None,
-            "cycles_most": self.most.cycles if self.most else None,
             "traffic_bytes": a.traffic if a else None,
             "host_traffic_bytes": a.host_traffic if a else None,
             "kernels": [_kernel_record(k) for k in a.kernels] if a else None,
@@ -98,7 +102,7 @@ class Proof:
         return record
 
 
-_APART = ("on", "account", "most", "notes")
+_APART = ("on", "account", "notes")
 _SUMS = (
     "hbm_bytes", "peak_bytes", "parameter_bytes", "optimizer_bytes", "batch_bytes", "temporary_bytes", "host_bytes",
     "model_flops", "model_flops_square", "hardware_flops", "headroom",
@@ -120,18 +124,29 @@ def _kernel_record(k: Kernel) -> dict[str, Any]:
     return {"name": k.name, "count": k.count, "cycles": k.cycles, **shown}
 
 
+class DoesNotCompile(UserError):
+    """The compiler gave up on a program, for another reason than want of memory."""
+
+
 def prove(
-    cfg: RunConfig, on: Topology, *, rows_length: int | None = None, options: Mapping[str, Any] | None = None
+    cfg: RunConfig,
+    on: Topology,
+    *,
+    rows_length: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    begin: Callable[[], object] = lambda: None,
 ) -> Proof:
     """Compiles the training step of `cfg` for a topology. No array is made, no data are read, no chip is needed.
 
     Args:
       rows_length: tokens of a row; default: the model's context.
       options: for the compiler, over those of `parallel.flags`.
+      begin: called when the compiler is about to start, and the config has shown no fault.
 
     Raises:
       ConfigError: the config does not go with the topology, or `model.vocab` is not set.
       UserError: the compiler for the topology is not installed.
+      DoesNotCompile: it refuses the program.
     """
     vocabulary(cfg.model)
     length = rows_length or cfg.model.context
@@ -143,8 +158,9 @@ def prove(
     lower_s = time.perf_counter() - started
     options = compiler_options(chips[0]) | dict(options or {})
 
+    begin()
     cpu, clock = time.process_time(), time.perf_counter()
-    compiled, used, why, notes = _compile(lowered, options)
+    compiled, used, why, notes = _compile(lowered, options, on, setup.mesh)
     made = Made(compiled, length, time.process_time() - cpu, time.perf_counter() - clock, used, why, tuple(notes))
     state = {name: _held(tree) for name, tree in (("params", setup.state.params), ("opt", setup.state.opt))}
     held = {
@@ -177,7 +193,7 @@ def proof_of(
     """
     hbm, why, notes, length = on.chip.device_hbm, made.why, list(made.notes), made.length
     held = held or dict.fromkeys(("parameter_bytes", "optimizer_bytes", "batch_bytes", "host_bytes"), 0)
-    found = most = None
+    found, bubble = None, 0.0
     text = ""
     if made.compiled is None:
         kept = held["parameter_bytes"] + held["optimizer_bytes"] + held["batch_bytes"]
@@ -190,16 +206,16 @@ def proof_of(
         text, said = _text(made.compiled)
         notes += said
     if text:
-        found, most, said = _accounts(text, mesh, cfg, on.chip, length)
+        found, bubble, said = _account(text, mesh, cfg, on.chip, length)
         notes += said
     tokens = cfg.batch * length / on.devices
     return Proof(
-        on=on, mesh=dict(mesh.shape), rows=cfg.batch, length=length, fits=not why, why=why, hbm_bytes=hbm,
+        on=on, mesh=dict(mesh.shape), across=cfg.mesh.across if on.slices > 1 else None, rows=cfg.batch, length=length, fits=not why, why=why, hbm_bytes=hbm,
         **memory, **held,
         model_flops=tokens * flops_per_token(cfg.model, length).train,
         model_flops_square=tokens * flops_per_token(cfg.model, length, causal=False).train,
         hardware_flops=found.flops + found.kernel_flops if found else 0.0,
-        account=found, most=most, lower_s=lower_s, compile_s=made.cpu_s, compile_wall_s=made.wall_s,
+        account=found, bubble=bubble, lower_s=lower_s, compile_s=made.cpu_s, compile_wall_s=made.wall_s,
         rss_bytes=_peak_rss(), text_sha256=hashlib.sha256(text.encode()).hexdigest() if text else "",
         options=dict(made.options), notes=tuple(notes),
     )  # fmt: skip
@@ -208,15 +224,24 @@ def proof_of(
 # --- the compiler ----------------------------------------------------------------------------------------------------
 
 
-def _compile(lowered: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any], str, list[str]]:
-    """The compiled program, or None and why it has no room; the options used; notes."""
+def _compile(
+    lowered: Any, options: dict[str, Any], on: Topology, mesh: jax.sharding.Mesh
+) -> tuple[Any, dict[str, Any], str, list[str]]:
+    """The compiled program, or None and why memory has no room for it; the options used; notes.
+
+    Raises:
+      DoesNotCompile: for any other reason, a scratchpad that is too small among them.
+    """
     try:
         compiled, used, said = compile_with(lowered, options)
     except jax.errors.JaxRuntimeError as e:
-        # Of HBM, or of a scratchpad: either way the program does not run.
-        if no_room(e) or "RESOURCE_EXHAUSTED" in str(e):
+        if no_room(e):
             return None, options, _shortened(str(e)), []
-        raise
+        shown = " x ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "of one device"
+        raise DoesNotCompile(
+            f"the compiler for {on.name} refuses this step on mesh {shown}: {_shortened(str(e))}; try another mesh, remat "
+            "or accumulate"
+        ) from e
     return compiled, used, "", [f"compiled without options; with them: {_shortened(said)}"] if said else []
 
 
@@ -282,58 +307,83 @@ def _plain(dtype: Any) -> Any:
 # --- the text --------------------------------------------------------------------------------------------------------
 
 
-def _accounts(
+def _account(
     text: str, mesh: jax.sharding.Mesh, cfg: RunConfig, chip: Chip, length: int
-) -> tuple[Account, Account | None, list[str]]:
-    program = parse(text)
-    layout = Layout.of(mesh, program.partitions, cfg.mesh.across)
-
-    def cost(k: Kernel) -> Cost:
-        return kernel_cost(k, cfg.model, length, chip)
-
-    found = account(program, layout, chip, kernel_cost=cost)
-    most = account(program, layout, chip, kernel_cost=cost, branches="most") if found.branches else None
-    unknown = sorted({k.name for k in found.kernels if not cost(k).flops})
+) -> tuple[Account, float, list[str]]:
+    """What the program does, the pipeline's bubble, notes."""
+    program, pipe = parse(text), mesh.shape.get("pipe", 1)
+    runs: dict[str, float | tuple[float, ...]] = {}
+    if pipe > 1:
+        schedule = pipeline.table(cfg.pipeline.schedule, pipe, cfg.accumulate)
+        stages = stages_of(cfg, pipe)
+        runs = pipelined.runs(pipeline.instructions(schedule, cfg.pipeline.recompute), stages)
+    if cfg.outer is not None:
+        runs[MEETING] = (1 - 1 / cfg.outer.every, 1 / cfg.outer.every)
+    found = account(
+        program, Layout.of(mesh, program.partitions, cfg.mesh.across), chip, runs=runs,
+        kernel_cost=lambda k: kernel_cost(k, cfg.model, length, chip),
+    )  # fmt: skip
+    unknown = sorted({k.name for k in found.kernels if not kernel_cost(k, cfg.model, length, chip).flops})
     notes = [f"{note} ({n} x)" for note, n in found.notes.items()]
     notes += [f"products of kernel {name} are not known, and not counted" for name in unknown]
-    return found, most, notes
+    return found, _bubble(schedule, stages, found.scopes) if pipe > 1 else 0.0, notes
+
+
+def _bubble(schedule: pipeline.Table, stages: pipelined.Stages, scopes: Mapping[str, float]) -> float:
+    """Share of a step that a device idles, if what a stage does in a tick takes as many cycles as the compiler thinks."""
+    last = len(stages.counts) - 1
+
+    def times(scope: str, stage: int) -> float:
+        facts = {pipelined.FIRST: stage == 0, pipelined.LAST: stage == last, pipelined.NOT_LAST: stage != last}
+        return float(facts[scope] if scope in facts else stages.counts[stage])
+
+    def cycles(path: str, stage: int) -> float:
+        below = [p for p in scopes if p.startswith(f"{path}.") and "." not in p[len(path) + 1 :]]
+        return scopes.get(path, 0.0) + sum(times(p[len(path) + 1 :], stage) * cycles(p, stage) for p in below)
+
+    of = {(op, s): cycles(scope, s) for op, scope in pipelined.TICKS.items() for s in range(last + 1)}
+    cells = zip(schedule.op.flat, schedule.stage.flat)
+    spent = np.array([of.get((int(op), int(stage)), 0.0) for op, stage in cells]).reshape(schedule.op.shape)
+    return pipeline.idle(schedule, spent) if spent.any() else 0.0
 
 
 def kernel_cost(k: Kernel, model: DecoderConfig, length: int, chip: Chip) -> Cost:
     """Products of an attention kernel, from its shapes and the blocks it does not skip; at least the cycles of these
     at the chip's peak. Of other kernels: nothing but the cycles that were simulated."""
-    products = attention_flops(k, model, length)
-    return Cost(products, k.cycles or products / chip.device_flops * chip.clock)
+    products, asked = attention_flops(k, model, length)
+    return Cost(products, k.cycles or products / chip.device_flops * chip.clock, asked)
 
 
-def attention_flops(k: Kernel, model: DecoderConfig, length: int) -> float:
-    """FLOPs of one call of a flash attention kernel; 0 for a kernel of another name.
+def attention_flops(k: Kernel, model: DecoderConfig, length: int) -> tuple[float, float]:
+    """FLOPs of one call of a flash attention kernel, and those that flash attention asks for: of pairs that see each
+    other alone, five products backward however the kernels share them; 0 for a kernel of another name.
 
     Forward: scores and weighted values, two products of queries and keys. Backward, the scores and the gradient of
     the weights are made again: three products for the queries' gradient alone, four for keys' and values', five for
     all of them at once (Dao 2023, arXiv:2307.08691, section 3.1.2).
     """
     if not re.search(r"splash|flash|fmha|attention", k.name):
-        return 0.0
+        return 0.0, 0.0
     large = [a for a in k.operands if len(a.dims) >= 3 and a.dtype in ("bf16", "f16", "f32")]
     if len(large) < 2:
-        return 0.0
+        return 0.0, 0.0
     q, key = large[0].dims, large[1].dims
     pairs = math.prod(q[:-1]) * key[-2]
     if "dkv" in k.name:
         part, products = "_dkv", 5 if re.search(r"use_fused_bwd_kernel\W+true", k.metadata) else 4
+        asked = 5 if products == 5 else 3
     elif "dq" in k.name:
-        part, products = "_dq", 3
+        part, products, asked = "_dq", 3, 2
     else:
         part, products = "", 5 if re.search(r"bwd|backward", k.name) else 2
+        asked = products
     blocks = [re.search(rf"\bblock_{side}{part}\W+(\d+)", k.metadata) for side in ("q", "kv")]
     bq, bk = (int(b[1]) if b else 1 for b in blocks)
     layers = [model.layer(i).attention for i in range(model.num_layers)]
-    if (q[-2], key[-2]) == (length, length):
+    seen = share = sum(visible_pairs(a, length) for a in layers) / len(layers) / length**2
+    if (q[-2], key[-2]) == (length, length):  # else a share of the row: over all of them, as many as of the whole
         share = sum(visible_blocks(a, length, bq, bk) for a in layers) / len(layers)
-    else:  # a share of the row: over the devices that share it, as many as of the whole
-        share = sum(visible_pairs(a, length) for a in layers) / len(layers) / length**2
-    return 2.0 * products * pairs * q[-1] * share
+    return 2.0 * products * pairs * q[-1] * share, 2.0 * asked * pairs * q[-1] * seen
 
 
 def visible_blocks(a: Attention, length: int, bq: int, bk: int) -> float:

@@ -1,11 +1,15 @@
 """Why a plan is the best that was found: what limits it, why the next lost, what would help. No JAX here."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
+from jaxllm.core.config import Config
 from jaxllm.core.errors import UserError
+from jaxllm.models.config import Remat
+from jaxllm.parallel.config import MESH_AXES, Sharding
 from jaxllm.plan.analytic import Calibration, Memory
 from jaxllm.plan.calibration import calibration
 from jaxllm.plan.chips import GIB, Chip, Torus
@@ -15,50 +19,87 @@ from jaxllm.plan.topology import Topology
 from jaxllm.train.config import RunConfig
 
 
-def block(plan: Plan) -> str:
-    """The chosen blocks of the config, as YAML to paste."""
-    return yaml.safe_dump(plain(plan.overrides), sort_keys=False, default_flow_style=None, width=110)
+def block(plan: Plan, given: RunConfig | None = None) -> str:
+    """What a plan changes of the config `given`, as YAML that makes the plan's config: laid over it by a child whose
+    `base:` it is, or put in the place of its blocks.
+
+    Args:
+      given: None: any config without sharding rules of its own; the plan's blocks are written out.
+    """
+    own, low = plan.cfg.model_dump(mode="json"), given.model_dump(mode="json") if given else {}
+    lines = []
+    for name in plan.overrides | own if given else plan.overrides:
+        if own[name] != low.get(name, ...):
+            match name:
+                case "sharding":
+                    value = _sharding(plan, given)
+                case "remat" if isinstance(own[name], dict) and not own[name]["host"]:
+                    value = own[name]["device"]
+                case _:
+                    value = _differing(own[name], (_default(name), low.get(name)))
+            flow = None if isinstance(value, dict | list) else False
+            lines.append(yaml.safe_dump({name: value}, sort_keys=False, default_flow_style=flow, width=110))
+    return "".join(lines)
 
 
-def plain(overrides: dict[str, Any]) -> dict[str, Any]:
-    """What a plan sets, less what is a RunConfig's default anyway."""
-    own = dict(overrides)
-    # Of sizes of one only fsdp's is said, which else takes what is left.
-    own["mesh"] = {
-        axis: n for axis, n in own["mesh"].items() if (axis == "fsdp" or n != 1) and (axis, n) != ("across", "data")
+def _default(name: str) -> Any:
+    value = RunConfig.model_fields[name].get_default()
+    return value.model_dump(mode="json") if isinstance(value, Config) else value
+
+
+def _differing(value: Any, lows: Sequence[Any]) -> Any:
+    """What of a block must be said: all that any of the `lows` has otherwise. Of a `kind` all is said."""
+    if not isinstance(value, dict) or "kind" in value:
+        return value
+    known = [low if isinstance(low, dict) else {} for low in lows]
+    return {
+        key: _differing(part, [low.get(key) for low in known])
+        for key, part in value.items()
+        if any(low.get(key, ...) != part for low in known)
     }
-    preset, along = own["sharding"]["preset"], own["sharding"]["activations"]["norm_seq"]
-    own["sharding"] = preset if along == "context" else {"preset": preset, "activations": {"norm_seq": along}}
-    if own["sharding"] == "zero3":
-        del own["sharding"]
-    if own.get("pipeline", {}).get("stages", 0) is None:
-        own["pipeline"] = {"schedule": own["pipeline"]["schedule"]}
-    if own["accumulate"] == 1:
-        del own["accumulate"]
-    if not own["offload"]["optimizer"]:
-        del own["offload"]
-    return own
+
+
+def _sharding(plan: Plan, given: RunConfig | None) -> str | dict[str, Any]:
+    """The preset, and the rules that it or the config `given` has otherwise."""
+    preset, own = plan.overrides["sharding"]["preset"], plan.cfg.sharding
+    plain = Sharding.model_validate(preset)
+    if own == plain:
+        return preset
+    lows = [low.model_dump(mode="json") for low in (plain, given.sharding if given else own)]
+    return {"preset": preset} | _differing(own.model_dump(mode="json"), lows)
 
 
 def summary(plan: Plan) -> str:
     """A plan in one line: its mesh and what is unusual about it."""
-    own = plain(plan.overrides)
-    mesh = " x ".join(f"{axis}={n}" for axis, n in own["mesh"].items() if axis != "across" and n != 1) or "one device"
+    own, cfg = plan.overrides, plan.cfg
     rest = []
-    if isinstance(own.get("sharding"), str):
-        rest.append(own["sharding"])
-    elif "sharding" in own:
-        rest += [own["sharding"]["preset"], "norms along tensor"]
+    if own["sharding"]["preset"] != "zero3":
+        rest.append(own["sharding"]["preset"])
+    if "tensor" in own["sharding"]["activations"]["norm_seq"]:
+        rest.append("norms along tensor")
     if "context" in own:
-        rest.append(own["context"]["kind"])
+        rest.append(cfg.context.kind)
     if "pipeline" in own:
-        rest.append(own["pipeline"]["schedule"]["kind"])
-    if "accumulate" in own:
-        rest.append(f"{own['accumulate']} microbatches")
-    rest.append(f"remat {own['remat'] if isinstance(own['remat'], str) else 'keeps ' + ' '.join(own['remat'])}")
-    if "offload" in own:
+        rest.append(cfg.pipeline.schedule.kind + ("" if cfg.pipeline.recompute else " that keeps what remat keeps"))
+    if cfg.accumulate > 1:
+        rest.append(f"{cfg.accumulate} microbatches")
+    rest.append(remat_in_words(cfg.remat))
+    if cfg.offload.optimizer:
         rest.append("optimizer on the host")
-    return f"{mesh}; {', '.join(rest)}"
+    return f"{mesh_in_words(cfg)}; {', '.join(rest)}"
+
+
+def mesh_in_words(cfg: RunConfig) -> str:
+    """Mesh axes of more than one device."""
+    return " x ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, cfg.mesh.sizes) if n != 1) or "one device"
+
+
+def remat_in_words(remat: Remat) -> str:
+    """What the backward pass keeps, and where."""
+    if isinstance(remat, str):
+        return f"remat {remat}"
+    kept = [" ".join(remat.device)] if remat.device else []
+    return "remat keeps " + ", ".join([*kept, f"on the host {' '.join(remat.host)}"] if remat.host else kept)
 
 
 def memory_parts(memory: Memory) -> dict[str, float]:
@@ -127,7 +168,7 @@ def changes(cfg: RunConfig, found: Found, reached: Calibration | None = None) ->
         trials.append((f"twice the {_links(chip)}", cfg, with_chip(links=_twice(chip))))
     if on.slices > 1 and chip.network is not None:
         wider = chip.network._replace(bandwidth=2 * chip.network.bandwidth)
-        trials.append(("twice the network between slices", cfg, with_chip(network=wider)))
+        trials.append((f"twice the network between {on.group}s", cfg, with_chip(network=wider)))
     trials.append(("twice the rows of a batch", cfg.model_copy(update={"batch": 2 * cfg.batch}), on))
     made = []
     now = found.best.estimate.time.expected[0] / found.job.tokens
@@ -155,12 +196,12 @@ def _twice(chip: Chip) -> Any:
 
 
 def explain(cfg: RunConfig, found: Found, reached: Calibration | None = None) -> str:
-    """What was found, for people: the best plan, what limits it, why others lost, what would help."""
+    """What was found, for people: the best plans, what limits each, why others lost, what would help."""
     on, best = found.on, found.best
     reached = reached or calibration(on)
-    whole = "all of them" if found.exact else "the start of the space, the rest by annealing"
+    whole = "no other is better" if found.exact else "the others by annealing"
     lines = [
-        f"{found.seen:,} plans for {on}, {whole}; {found.fitting:,} are predicted to fit",
+        f"{found.seen:,} plans for {on}; {found.estimated:,} of them estimated one by one, {whole}",
         "",
         f"best: {summary(best)}",
         f"  {of_estimate(found.job, on, best.estimate, reached)}",
@@ -171,10 +212,12 @@ def explain(cfg: RunConfig, found: Found, reached: Calibration | None = None) ->
             f"  compiled: fits, peak {compiled.peak_bytes / GIB:.1f} GiB, predicted {compiled.expected_ms:,.0f} ms"
         )
     for number, plan in enumerate(found.ranked[1:4], 2):
-        lines += [f"{number}.: {summary(plan)}", f"  {lost(plan, best)}"]
+        lines += [f"{number}.: {summary(plan)}", f"  {lost(plan, best)}", f"  {limits(plan, on)}"]
     for plan in found.dropped:
-        lines.append(f"compiled and dropped, {plan.verdict.peak_bytes / GIB:.1f} GiB: {summary(plan)}")
+        why = plan.verdict.why or f"compiled, takes {plan.verdict.peak_bytes / GIB:.1f} GiB"
+        lines.append(f"dropped: {summary(plan)}: {why}")
     helpful = [change for change in changes(cfg, found, reached) if change.gain > 0.005]
     lines += ["", "what one change would bring:" if helpful else "no single change would bring much"]
     lines += [f"  {change}" for change in helpful]
-    return "\n".join([*lines, "", block(best)])
+    pasted = "the config asks for just that plan" if best.cfg == cfg else block(best, cfg)
+    return "\n".join([*lines, "", pasted])

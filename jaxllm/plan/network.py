@@ -74,11 +74,15 @@ GROUPS = Wires(("context", "fsdp"), ("data",), ("tensor",), ("context",), ("pipe
 _ALONE = (1, 1.0, 1.0, 0, 0.0, 1.0)
 
 
-def wires(on: Topology, mesh: Mapping[str, Numbers]) -> Wires:
-    """The groups of every mesh, given the sizes of its axes as arrays; endless where it does not fit the topology."""
+def wires(on: Topology, mesh: Mapping[str, Numbers], across: str | None = None) -> Wires:
+    """The groups of every mesh, given the sizes of its axes as arrays; endless where it does not fit the topology.
+
+    Args:
+      across: the axis over slices, as `place` has it.
+    """
     sizes = np.stack([np.atleast_1d(mesh[axis]) for axis in FAST_TO_SLOW], 1)
     first, which = runs(sizes)
-    table = np.array([_levels(on, tuple(map(int, sizes[i]))) for i in first])[which]
+    table = np.array([_levels(on, tuple(map(int, sizes[i])), across) for i in first])[which]
     return Wires(*(Group(tuple(Level(*table[:, g, k].T) for k in range(table.shape[2]))) for g in range(len(GROUPS))))
 
 
@@ -96,39 +100,43 @@ def group(
     *,
     devices: int | None = None,
     slow: bool | None = None,
+    across: str | None = None,
 ) -> Group:
     """The group along some axes of one mesh.
 
     Args:
       devices: as many of them exchange as this, where it is not all: dimensions of the torus that make so many.
       slow: whether slices exchange with each other, or (False) only devices within one; None: all there are.
+      across: the axis over slices, as `place` has it.
 
     Raises:
-      ValueError: the mesh does not fit the topology.
+      ValueError: the mesh does not fit the topology, or these axes do not span its slices and `slow` says so.
     """
     sizes = tuple(
         int(mesh.get(axis, 1)) * (int(mesh.get("expert", 1)) if axis == "fsdp" else 1) for axis in FAST_TO_SLOW
     )
-    placed = place(on, sizes)
+    placed = place(on, sizes, across)
     if placed is None:
         raise ValueError(f"a mesh of {dict(mesh)} does not fit {on}")
     fast = [a for a in FAST_TO_SLOW if a in axes or a == "fsdp" and "expert" in axes]
     pieces = [(level, piece) for axis in fast for level in range(3) for piece in placed[axis][level]]
+    if slow and all(level < 2 for level, _ in pieces):
+        raise ValueError(f"{' x '.join(axes)} of {dict(mesh)} does not span the slices of {on}: {across or 'no'} axis does")
     if slow is False:
         pieces = [p for p in pieces if p[0] < 2]
     if devices is not None:
         some = (c for k in range(len(pieces) + 1) for c in itertools.combinations(pieces, k))
         fitting = [c for c in some if math.prod(piece[0] for _, piece in c) == devices]
         if slow:
-            fitting = [c for c in fitting if any(level == 2 for level, _ in c)] or fitting
-        pieces = list(fitting[0]) if fitting else pieces
+            fitting = [c for c in fitting if any(level == 2 for level, _ in c)]
+        pieces = list(fitting[0]) if fitting else pieces  # of a permutation, chains may be of any length
     return Group(tuple(Level(*_level([piece for at, piece in pieces if at == level])) for level in range(3)))
 
 
 @functools.lru_cache(100_000)
-def _levels(on: Topology, sizes: tuple[int, ...]) -> np.ndarray:
+def _levels(on: Topology, sizes: tuple[int, ...], across: str | None) -> np.ndarray:
     """[group, level, field] of one mesh."""
-    placed = place(on, sizes)
+    placed = place(on, sizes, across)
     if placed is None:
         return np.full((len(GROUPS), 3, len(_ALONE)), (2, 1e-9, 1e-9, 0, 0.0, 1.0))
     return np.array([_joined(placed, axes) for axes in GROUPS])

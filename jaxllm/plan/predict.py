@@ -135,10 +135,10 @@ def of_program(proof: "Proof", reached: Calibration) -> Prediction:
 
     libtpu's cycles of whole programs are not stretched. They stand where measurements do: Llama 2 7B with 4 rows of
     4096 tokens a chip of v5p is 4,062 M cycles (MaxText's program, libtpu 0.0.46), 2.6 s with attention; 2.5 s were
-    published for such a step (arXiv:2507.05411). Where devices go different ways (stages of a pipeline), this is one
-    that has most to do.
+    published for such a step (arXiv:2507.05411). Where devices go different ways (stages of a pipeline), a device does
+    in the mean over them, and what it waits for the others is the bubble.
     """
-    on, a = proof.on, proof.most or proof.account
+    on, a = proof.on, proof.account
     chip = on.chip
     # What no compiler estimated is counted at the chip's peaks, which products never reach.
     paced = sum(
@@ -146,34 +146,37 @@ def of_program(proof: "Proof", reached: Calibration) -> Prediction:
         for source, n in a.cycles.items() if source != "kernels"
     )  # fmt: skip
     kernels = max(
-        a.kernel_flops / (chip.device_flops * reached.attention),
+        a.kernel_asked / (chip.device_flops * reached.attention),
         sum(k.bytes * k.count for k in a.kernels) / chip.device_bandwidth,
-        0.0 if a.kernel_flops else a.cycles.get("kernels", 0.0) / chip.clock,
+        0.0 if a.kernel_asked else a.cycles.get("kernels", 0.0) / chip.clock,
     )
     floor = a.traffic / chip.device_bandwidth
     terms = {"products and what is fused with them": paced, "attention": kernels}
     shown = hidden = 0.0
     for c in a.collectives:
-        each = seconds(c, on, proof.mesh)
+        each = seconds(c, on, proof.mesh, proof.across)
         beside = min(each, c.between / chip.clock) if c.overlapped else 0.0
         name = f"{c.kind} over {' x '.join(c.axes) or 'one device'}"
         terms[name] = terms.get(name, 0.0) + c.count * each
         shown, hidden = shown + c.count * each, hidden + c.count * beside
     compute = max(paced + kernels, floor)
-    least = compute + shown - hidden
-    expected = compute + shown - reached.hidden * hidden
+    busy = 1 - proof.bubble
+    least = (compute + shown - hidden) / busy
+    expected = (compute + shown - reached.hidden * hidden) / busy
+    if proof.bubble:
+        terms[NAMES["bubble"]] = expected * proof.bubble
     if floor > paced + kernels:
         terms["memory bandwidth"] = floor
     return Prediction(
         on, proof.rows * proof.length, proof.model_flops * on.devices / (proof.rows * proof.length),
-        _widened(1e3 * least, 1e3 * (compute + shown), reached), 1e3 * expected,
+        _widened(1e3 * least, 1e3 * (compute + shown) / busy, reached), 1e3 * expected,
         {name: 1e3 * s for name, s in terms.items() if s > 0}, "the compiled program",
     )  # fmt: skip
 
 
-def seconds(c: "Collective", on: Topology, mesh: dict[str, int]) -> float:
-    """Of one exchange on the links that its mesh axes have."""
-    over: Group = group(on, mesh, c.axes, devices=c.group, slow=c.slices > 1)
+def seconds(c: "Collective", on: Topology, mesh: dict[str, int], across: str | None = None) -> float:
+    """Of one exchange on the links that its mesh axes have; `across` is the axis over slices."""
+    over: Group = group(on, mesh, c.axes, devices=c.group, slow=c.slices > 1, across=across)
     match c.kind:
         case "all-reduce":
             return float(2 * over.gather(c.bytes))

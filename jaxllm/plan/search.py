@@ -1,14 +1,15 @@
 """The best plan for a run on a topology, by the formulas of `analytic`. No JAX here.
 
-Everything is enumerated: meshes x ZeRO stage x sequence parallelism x ring or all-to-all x pipeline schedule x
-microbatches x what the backward pass keeps x offload, less what does not divide; memory throws out, time ranks. The
-formulas work on arrays, about a million plans a second, so that the whole space of 7B on 256 chips takes seconds and
-what is found is the optimum of the model. The alternatives of the surveys, held against it in tests/plan/test_search:
-simulated annealing with FlexFlow's moves (Jia et al. 2018, arXiv:1807.05358: one choice drawn anew) finds the same
-plan after some thousand proposals, nearly always, but proposing takes longer than estimating: where going through
-33,320 plans takes 0.03 s, annealing takes 0.4 s. `anneal` is for spaces beyond LIMIT. Alpa's integer program (Zheng et
-al. 2022, arXiv:2201.12023) pays where each operator chooses for itself; here one choice goes for all layers, and its
-dynamic program over stages is in `stages`.
+The space: meshes x ZeRO stage x sequence parallelism x ring or all-to-all x pipeline schedule x microbatches x what a
+stage or the backward pass computes again or fetches from the host x offload, less what does not divide; memory throws
+out, time ranks. It is gone through by branch and bound: what keeps everything and fetches nothing is computed for all
+plans, on arrays, about a million a second; no policy of keeping is faster, so that the policies of a plan are tried only
+where it may still be among the best. Of 7.6 million plans for 7B on 256 chips 39 thousand are left to be tried, 0.6 CPU
+seconds in all, and what is found is the optimum of the model. The alternatives of the surveys, held against it in
+tests/plan/test_search: simulated annealing with FlexFlow's moves (Jia et al. 2018, arXiv:1807.05358: one choice drawn
+anew) nearly always finds the same plan after some thousand proposals, and takes longer. `anneal` is for spaces beyond
+LIMIT. Alpa's integer program (Zheng et al. 2022, arXiv:2201.12023) pays where each operator chooses for itself; here
+one choice goes for all layers, and its dynamic program over stages is in `stages`.
 """
 
 import dataclasses
@@ -22,8 +23,10 @@ import numpy as np
 
 from jaxllm.core.config import merge, parse
 from jaxllm.core.errors import ConfigError, UserError
+from jaxllm.models.config import Keep, Remat
 from jaxllm.plan.analytic import (
     ATTENTION,
+    POLICIES,
     SCHEDULES,
     Calibration,
     Estimate,
@@ -39,9 +42,10 @@ from jaxllm.plan.calibration import calibration
 from jaxllm.plan.chips import Switch
 from jaxllm.plan.network import runs
 from jaxllm.plan.topology import Topology
+from jaxllm.parallel.config import Mesh
 from jaxllm.train.config import RunConfig
 
-LIMIT = 20_000_000  # plans that are enumerated
+LIMIT = 20_000_000  # plans that are estimated one by one
 CHUNK = 50_000  # plans that are estimated at a time: their arrays stay in cache
 HEADROOM = 0.92  # share of the usable memory that a plan may be predicted to take: the formulas err
 EXTRA = 1e-3  # share of the step time that each choice beside the plainest must gain
@@ -70,9 +74,11 @@ def plans_of(cfg: RunConfig, on: Topology) -> Plans:
     """The one plan that a config asks for.
 
     Raises:
-      ConfigError: its mesh does not fit the topology.
+      ConfigError: its mesh does not fit the topology, or does not divide the model or its batch.
     """
     mesh = cfg.mesh.resolve(on.devices)
+    if problems := _undivided(cfg, mesh, on):
+        raise ConfigError("; ".join(problems))
     s = cfg.sharding
     shared = [getattr(s, part).embed is not None for part in ("optimizer", "gradients", "parameters")]
     schedule = cfg.pipeline.schedule.kind
@@ -80,8 +86,46 @@ def plans_of(cfg: RunConfig, on: Topology) -> Plans:
         kept(cfg.remat), data=mesh.data * mesh.expert, pipe=mesh.pipe, fsdp=mesh.fsdp, context=mesh.context,
         tensor=mesh.tensor, zero=sum(shared), norm_seq=int("tensor" in _names(s.activations.norm_seq)),
         ulysses=int(cfg.context.kind == "ulysses"), schedule=SCHEDULES.index(schedule), chunks=cfg.pipeline.chunks,
-        accumulate=cfg.accumulate, offload=int(cfg.offload.optimizer),
+        accumulate=cfg.accumulate, recompute=int(mesh.pipe > 1 and cfg.pipeline.recompute),
+        offload=int(cfg.offload.optimizer), slices=getattr(cfg.pipeline.schedule, "slices", 1) if mesh.pipe > 1 else 1,
+        across=mesh.across if on.slices > 1 else None, crossing=_crossing(cfg),
+        parameters_on_host=cfg.offload.parameters,
     )  # fmt: skip
+
+
+def _crossing(cfg: RunConfig) -> float:
+    """What crosses `data` in a step, relative to gradients in the type of products after every microbatch."""
+    size = 4.0 if cfg.precision.kind == "float32" else 2.0
+    if cfg.outer is not None:  # float32 weights, now and then
+        return 4 / size / cfg.accumulate / cfg.outer.every
+    if cfg.compression is not None:  # a byte for each value, once
+        return 1 / size / cfg.accumulate
+    return 1.0
+
+
+def _undivided(cfg: RunConfig, mesh: Mesh, on: Topology) -> list[str]:
+    """What does not divide over the mesh, in words; training would refuse it."""
+    s, weights, flow = job_of(cfg).sizes, cfg.sharding.parameters, cfg.sharding.activations
+    micro = cfg.batch // cfg.accumulate
+    sides = [
+        (f"batch={cfg.batch} in accumulate={cfg.accumulate} parts of {micro} rows", micro, flow.batch),
+        (f"model.context={s.length}", s.length, flow.seq), (f"model.vocab={s.vocab}", s.vocab, weights.vocab),
+        (f"num_heads={s.heads}", s.heads, weights.heads), (f"num_kv_heads={s.kv_heads}", s.kv_heads, weights.kv_heads),
+        (f"ffn.mlp={s.mlp}", s.mlp, weights.mlp), (f"model.embed={s.embed}", s.embed, weights.embed),
+    ]  # fmt: skip
+    found = []
+    for what, size, axes in sides:
+        over = [axis for axis in _names(axes) if getattr(mesh, axis) > 1]
+        shares = math.prod(getattr(mesh, axis) for axis in over)
+        if size % shares:
+            found.append(f"{what} does not divide over mesh axis {' x '.join(over)} of {shares} devices; change one of them")
+    span = getattr(mesh, mesh.across)
+    if on.slices > 1 and on.chip.platform == "tpu" and span % on.slices:
+        found.append(
+            f"mesh.{mesh.across}={span} does not divide over the {on.slices} slices of {on.name}; make it a multiple of "
+            f"{on.slices}, or let mesh.across name an axis that is one"
+        )
+    return found + cfg.not_pipelined(mesh.pipe)
 
 
 def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -94,17 +138,30 @@ def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
 class Remats(NamedTuple):
     """Values of `remat:` to choose from, and what each keeps."""
 
-    values: tuple[str | tuple[str, ...], ...]
+    values: tuple[Remat, ...]
     policies: tuple[Kept, ...]
 
 
+PARTS = (("attention",), ("q",), ("k", "v"), ("residual",), ("gate", "up"))
+QKV = ("q", "k", "v")
+HOST = (("input",), QKV, ("input", *QKV), ("input", "residual", *QKV), (*QKV, "attention"), ("input", *QKV, "attention"))
+
+
 def remats() -> Remats:
-    """Every set of attention, projections, residual stream and feed-forward inputs; the host; and nothing again."""
-    parts = (("attention",), ("q",), ("k", "v"), ("residual",), ("gate", "up"))
-    sets = [sum(some, ()) for k in range(1, len(parts) + 1) for some in itertools.combinations(parts, k)]
+    """Every set of attention, projections, residual stream and feed-forward inputs; nothing again; and what runs that
+    were published have in host memory, with every set of the rest beside it."""
     plain = {frozenset(ATTENTION): "save_attention"}
-    values = ["full", *(plain.get(frozenset(s), s) for s in sets), "offload", "none"]
+    values: list[Remat] = ["full", *(plain.get(frozenset(some), Keep(device=some)) for some in _sets(PARTS) if some), "none"]
+    for host in HOST:
+        left = [part for part in (("attention",), QKV, ("residual",), ("gate", "up")) if not set(part) & set(host)]
+        for device in _sets(left):
+            values.append("offload" if set(host) == ATTENTION and not device else Keep(device=device, host=host))
     return Remats(tuple(values), tuple(map(kept, values)))
+
+
+def _sets(parts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Every set of the parts, written out."""
+    return [sum(some, ()) for k in range(len(parts) + 1) for some in itertools.combinations(parts, k)]
 
 
 def meshes(job: Job, on: Topology) -> Iterator[dict[str, int]]:
@@ -147,27 +204,23 @@ def of_mesh(job: Job, on: Topology, mesh: dict[str, int], choices: Remats) -> Pl
     zero = (3,) if shared == 1 else (0, 1, 2, 3) if s.embed % shared == 0 else (0,)
     along = mesh["tensor"] > 1 and s.length % across == 0
     swaps = mesh["context"] > 1 and s.heads % across == 0
+    # Stages have nothing in host memory: configs refuse it.
+    policies = [i for i, policy in enumerate(choices.policies) if pipe == 1 or not policy.host]
     schedule, *rest = _product(
         range(len(schedules)), [m for m in _divisors(rows) if pipe == 1 or m >= pipe], zero, (0, 1) if along else (0,),
-        (0, 1) if swaps else (0,), range(len(choices.values)), (0, 1),
+        (0, 1) if swaps else (0,), (0, 1) if pipe > 1 else (0,), policies, (0, 1) if pipe == 1 else (0,),
     )  # fmt: skip
-    kinds = np.array(schedules)[schedule]
+    kinds, names = np.array(schedules)[schedule], ("accumulate", "zero", "norm_seq", "ulysses", "recompute", "remat", "offload")
     return Plans(
         **{axis: np.full(len(schedule), size) for axis, size in mesh.items()}, schedule=kinds[:, 0], chunks=kinds[:, 1],
-        **dict(zip(("accumulate", "zero", "norm_seq", "ulysses", "remat", "offload"), rest)), policies=choices.policies,
+        **dict(zip(names, rest)), policies=choices.policies,
     )  # fmt: skip
 
 
-def space(job: Job, on: Topology, choices: Remats, among: Sequence[dict[str, int]] | None = None) -> Iterator[Plans]:
-    """Every plan on the meshes `among` (None: all that divide), in pieces of about CHUNK."""
-    waiting: list[Plans] = []
-    for mesh in meshes(job, on) if among is None else among:
-        waiting.append(of_mesh(job, on, mesh, choices))
-        if sum(map(len, waiting)) >= CHUNK:
-            yield _together(waiting)
-            waiting = []
-    if waiting:
-        yield _together(waiting)
+def together(job: Job, on: Topology, choices: Remats, among: Sequence[dict[str, int]] | None = None) -> Plans | None:
+    """Every plan on the meshes `among` (None: all that divide); None: there is none."""
+    parts = [of_mesh(job, on, mesh, choices) for mesh in (meshes(job, on) if among is None else among)]
+    return _together(parts) if parts else None
 
 
 def _product(*values: Sequence[int]) -> list[np.ndarray]:
@@ -182,11 +235,15 @@ def _together(parts: list[Plans]) -> Plans:
 
 def extras(p: Plans) -> np.ndarray:
     """How many choices of each plan are not the plainest."""
-    host = np.array([bool(k.host) for k in p.policies])[p.remat]
     return (
         (p.pipe > 1) * 2 + (p.context > 1) + (p.tensor > 1) + (p.data > 1) + (p.zero != 3) + p.norm_seq + p.ulysses
-        + (p.schedule != 1) + (p.accumulate > 1) + 2 * p.offload + 2 * host
+        + (p.schedule != 1) + (p.accumulate > 1) + (p.pipe > 1) * (1 - p.recompute) + 2 * p.offload + 2 * _on_host(p)
     )  # fmt: skip
+
+
+def _on_host(p: Plans) -> np.ndarray:
+    """Whether what the backward pass needs waits in host memory."""
+    return np.array([bool(policy.host) for policy in p.policies])[p.remat]
 
 
 # --- the search ------------------------------------------------------------------------------------------------------
@@ -199,6 +256,7 @@ class Verdict(NamedTuple):
     peak_bytes: float  # of a device
     expected_ms: float  # predicted of the compiled program
     proof: Any = None
+    why: str = ""  # it does not compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,9 +291,9 @@ class Found(NamedTuple):
     job: Job
     ranked: tuple[Plan, ...]  # the best of each mesh, the best first
     meshes: tuple[dict[str, int], ...]  # of the best plans by formula, the best first
-    seen: int  # plans whose time and memory were predicted
-    fitting: int  # of them, those that fit
-    exact: bool  # whether that was the whole space
+    seen: int  # plans of the whole space
+    estimated: int  # of them, those whose time and memory had to be predicted one by one
+    exact: bool  # whether none of the others can be among the ranked
     dropped: tuple[Plan, ...] = ()  # compiled, and found not to fit
 
     @property
@@ -258,8 +316,8 @@ def search(
 
     Args:
       reached: what the chips reach; None: as published runs say.
-      verify: compiles a plan. The best `k` are verified; those that do not fit make place for a plan of the same mesh
-        that takes less, and the rest is ranked by the compiled prediction.
+      verify: compiles a plan, or raises a UserError. The best `k` are verified; those that do not fit make place for a
+        plan of the same mesh that takes less, and the rest is ranked by the compiled prediction.
       keep: plans to return.
       among: meshes to stay with; None: all that divide.
 
@@ -267,21 +325,22 @@ def search(
       UserError: no mesh divides the model and its batch, or nothing fits; says what would.
     """
     job, choices, reached = job_of(cfg, length), remats(), reached or calibration(on)
-    best, seen, fitting, smallest, exact = {}, 0, 0, math.inf, True
-    for plans in space(job, on, choices, among):
-        if seen + len(plans) > LIMIT:
-            exact = False
-            break
-        peak = memory(job, plans).peak
-        fits = peak <= HEADROOM * on.chip.device_hbm
-        seen, fitting, smallest = seen + len(plans), fitting + int(fits.sum()), min(smallest, float(peak.min()))
-        _keep_best(best, job, on, plans.take(fits), reached)
-    if not seen and exact:
+    for part in ("outer", "compression"):
+        if getattr(cfg, part) is not None:
+            raise UserError(
+                f"{part}={getattr(cfg, part).kind}: how many replicas there are is part of the algorithm, and a search "
+                f"would choose it; plan the config as it is, or set {part} to null"
+            )
+    space = _space(job, on, choices, reached, among)
+    if space is None:
         raise UserError(_no_mesh(job, on))
+    if not len(space.order):
+        raise UserError(_nothing_fits(job, on, space.smallest))
+    best, estimated, exact = _best_of_meshes(space, job, on, choices, reached, keep)
     if not exact:
         _keep_best(best, job, on, anneal(job, on, choices, reached), reached)
     if not best:
-        raise UserError(_nothing_fits(job, on, smallest))
+        raise UserError(_nothing_fits(job, on, space.smallest))
     ranked: list[Plan] = []
     refused: set[tuple] = set()
     for _, plans in sorted(best.values(), key=lambda v: v[0]):
@@ -290,8 +349,71 @@ def search(
             break
     if not ranked:
         raise UserError(f"every plan that fits {on.name} asks for parts that do not go together in this run")
-    found = Found(on, job, tuple(ranked), tuple(plan.mesh for plan in ranked), seen, fitting, exact)
+    found = Found(on, job, tuple(ranked), tuple(plan.mesh for plan in ranked), space.seen, estimated, exact)
     return verified(found, cfg, choices, reached, verify, k) if verify else found
+
+
+class _Space(NamedTuple):
+    """The whole space without the choice of `remat`, and what every policy costs at least."""
+
+    rows: Plans  # that keep everything, and so compute nothing again
+    bounds: np.ndarray  # score of each: below that of the same plan under any policy
+    order: np.ndarray  # those that fit under the policy that keeps nothing, by their bounds
+    seen: int  # plans, policies counted
+    smallest: float  # bytes of the plan that takes least
+
+
+def _space(
+    job: Job, on: Topology, choices: Remats, reached: Calibration, among: Sequence[dict[str, int]] | None
+) -> _Space | None:
+    rows = together(job, on, Remats(("none",), (POLICIES["none"],)), among)
+    if rows is None:
+        return None
+    nothing = dataclasses.replace(rows, policies=(Kept(host=frozenset({"input"})),))
+    peak, full = memory(job, nothing).peak, memory(job, dataclasses.replace(rows, policies=(POLICIES["full"],))).peak
+    least = np.where(rows.pipe > 1, full, peak)
+    pieces = np.array_split(np.arange(len(rows)), max(1, len(rows) // CHUNK))
+    bounds = np.concatenate([scores(job, on, rows.take(piece), reached) for piece in pieces])
+    fits = np.flatnonzero(least <= HEADROOM * on.chip.device_hbm)
+    host = sum(bool(policy.host) for policy in choices.policies)
+    seen = int((len(choices.policies) - host * (rows.pipe > 1)).sum())
+    return _Space(rows, bounds, fits[np.argsort(bounds[fits], kind="stable")], seen, float(least.min()))
+
+
+def _best_of_meshes(
+    space: _Space, job: Job, on: Topology, choices: Remats, reached: Calibration, keep: int
+) -> tuple[dict, int, bool]:
+    """Branch and bound: the best plan on each of the `keep` best meshes (mesh -> (score, plan)), how many plans were
+    estimated for it, and whether LIMIT let it come to its end."""
+    best: dict[tuple, tuple[float, Plans]] = {}
+    sizes_ = np.stack([getattr(space.rows, axis) for axis in AXES], 1)
+    _, mesh = runs(sizes_)
+    reach = np.full(mesh.max() + 1, math.inf)  # of each mesh, its best score so far
+    estimated, step = 0, max(1, CHUNK // len(choices.policies))
+    for start in range(0, len(space.order), step):
+        some = space.order[start : start + step]
+        worst = sorted(score for score, _ in best.values())[keep - 1] if len(best) >= keep else math.inf
+        if space.bounds[some[0]] > worst:
+            break
+        some = np.sort(some[space.bounds[some] < np.minimum(reach[mesh[some]], worst)])
+        if not len(some):
+            continue
+        plans = _under_all(space.rows.take(some), choices)
+        estimated += len(plans)
+        if estimated > LIMIT:
+            return best, estimated, False
+        _keep_best(best, job, on, plans.take(memory(job, plans).peak <= HEADROOM * on.chip.device_hbm), reached)
+        for i in some:
+            reach[mesh[i]] = best.get(tuple(sizes_[i].tolist()), (math.inf,))[0]
+    return best, estimated, True
+
+
+def _under_all(rows: Plans, choices: Remats) -> Plans:
+    """Each of the plans under each policy that it can have."""
+    n = len(choices.policies)
+    plans = rows.take(np.repeat(np.arange(len(rows)), n))
+    plans = dataclasses.replace(plans, remat=np.tile(np.arange(n), len(rows)), policies=choices.policies)
+    return plans.take((plans.pipe == 1) | ~_on_host(plans))
 
 
 def _keep_best(best: dict, job: Job, on: Topology, plans: Plans, reached: Calibration) -> None:
@@ -371,12 +493,12 @@ def overrides_of(plans: Plans, on: Topology, choices: Remats) -> dict[str, Any]:
     remat = choices.values[one["remat"]]
     blocks = {
         "topology": on.name, "mesh": {"expert": 1} | mesh, "sharding": sharding, "accumulate": one["accumulate"],
-        "remat": remat if isinstance(remat, str) else list(remat), "offload": {"optimizer": bool(one["offload"])},
+        "remat": remat if isinstance(remat, str) else remat.model_dump(mode="json"), "offload": {"optimizer": bool(one["offload"])},
     }  # fmt: skip
     if one["context"] > 1:
         blocks["context"] = {"kind": "ulysses" if one["ulysses"] else "ring"}
     if one["pipe"] > 1:
-        blocks["pipeline"] = {"schedule": schedule, "stages": None}
+        blocks["pipeline"] = {"schedule": schedule, "stages": None, "recompute": bool(one["recompute"])}
     return blocks
 
 
@@ -424,8 +546,8 @@ def _accepted(
 def _parts(p: Plans) -> list[tuple]:
     """Of each plan, what combinations are refused for."""
     on = [getattr(p, axis) > 1 for axis in AXES]
-    host = np.array([bool(k.host) for k in p.policies])[p.remat]
-    return list(zip(*(x.tolist() for x in (*on, p.zero, p.norm_seq, p.ulysses, p.schedule, p.offload, host))))
+    chosen = (*on, p.zero, p.norm_seq, p.ulysses, p.schedule, p.recompute, p.offload, _on_host(p))
+    return list(zip(*(x.tolist() for x in chosen)))
 
 
 # --- compiled plans --------------------------------------------------------------------------------------------------
@@ -439,7 +561,11 @@ def verified(
     dropped: list[Plan] = []
     for plan in found.ranked:
         for _ in range(TRIES):
-            verdict = verify(plan.cfg)
+            try:
+                verdict = verify(plan.cfg)
+            except UserError as e:
+                dropped.append(dataclasses.replace(plan, verdict=Verdict(False, math.nan, math.nan, why=str(e))))
+                break
             plan = dataclasses.replace(plan, verdict=verdict)
             if verdict.fits:
                 good.append(plan)
@@ -452,9 +578,12 @@ def verified(
         if len(good) == k:
             break
     if not good:
-        least = min(dropped, key=lambda plan: plan.verdict.peak_bytes)
+        compiled = [plan for plan in dropped if not plan.verdict.why]
+        if not compiled:
+            raise UserError(f"no plan compiles for {found.on.name}: {dropped[0].verdict.why}")
+        least = min(compiled, key=lambda plan: plan.verdict.peak_bytes)
         raise UserError(
-            f"no plan of {len(dropped)} that were compiled fits {found.on.name}: the smallest takes "
+            f"no plan of {len(compiled)} that were compiled fits {found.on.name}: the smallest takes "
             f"{least.verdict.peak_bytes / 2**30:.1f} GiB of {found.on.chip.device_hbm / 2**30:.1f}; take more "
             "chips or a smaller batch"
         )

@@ -13,6 +13,7 @@ from jaxllm.core.errors import UserError
 from jaxllm.plan.chips import CHIPS, Chip, Cuda
 
 FORMS = "v5e-256, v6e-256x2 (two slices), v5p-128, tpu7x-64, h100-8x4 (four hosts of 8), h200, cpu-4"
+MOST = 2**20  # chips of a topology: more than anybody has
 
 
 class Topology(NamedTuple):
@@ -37,13 +38,17 @@ class Topology(NamedTuple):
         return self.chips * self.chip.devices
 
     @property
+    def group(self) -> str:
+        """What a group of chips with a fast network is called."""
+        return "slice" if self.chip.platform == "tpu" else "host"
+
+    @property
     def hosts(self) -> int:
         return max(1, math.prod(self.shape) // self.chip.hosts_of) * self.slices
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
-        each = {"tpu": "slice", "cuda": "host", "cpu": "host"}[self.chip.platform]
-        what = f"{self.slices} {each}s of {shape}" if self.slices > 1 else shape
+        what = f"{self.slices} {self.group}s of {shape}" if self.slices > 1 else shape
         devices = f", {self.devices} JAX devices" if self.chip.devices > 1 else ""
         plural = "s" if self.chips > 1 else ""
         return f"{self.name}: {self.chips} {self.chip.name} chip{plural} ({what}){devices}"
@@ -55,32 +60,41 @@ def topology(name: str) -> Topology:
     Raises:
       UserError: no such chip, or no slice of that size; says which there are.
     """
-    match = re.fullmatch(r"([a-z0-9]+?)(?:-(\d+)(?:x(\d+))?)?", name)
+    match = re.fullmatch(r"([a-z0-9]+?)(?:-(\d{1,18})(?:x(\d{1,18}))?)?", name)
     if not match or match[1] not in CHIPS:
         kind = (match[1] if match else name.partition("-")[0]).lower()
         near = difflib.get_close_matches(kind, CHIPS, n=2, cutoff=0.5) or CHIPS
         raise UserError(f"no topology {name!r}: chips are {', '.join(near)}; names look like {FORMS}")
-    chip, size, slices = CHIPS[match[1]], match[2], int(match[3] or 1)
+    chip, size = CHIPS[match[1]], match[2]
     if size is None and chip.platform == "tpu":
         raise UserError(f"no topology {name!r}: say how many {chip.names_count}, as in {', '.join(_names(chip)[:4])}")
     count = int(size or 1)
-    if chip.platform != "tpu":
-        most = chip.hosts_of
-        if not 0 < count <= most or slices < 1:
-            raise UserError(
-                f"no topology {name!r}: a host has up to {most} of {chip.name}; "
-                f"{chip.name}-{most}x{max(2, -(-count // most))} is {max(2, -(-count // most))} hosts of {most}"
-            )
-        return Topology(name, chip, (count,), slices)
-    shape = _slice_shape(chip, count)
-    if shape is None or slices < 1:
-        counts = f"{chip.name} counts {chip.names_count}" + (
-            f", {chip.cores} a chip" if chip.names_count == "cores" else ""
-        )
+    shape = _slice_shape(chip, count) if chip.platform == "tpu" else _host_shape(chip, count)
+    if shape is None:
+        raise UserError(f"no topology {name!r}: " + (_no_slice if chip.platform == "tpu" else _no_host)(chip, count))
+    on = Topology(name, chip, shape, int(match[3] or 1))
+    if not 0 < on.chips <= MOST:
+        one, most = f"{chip.name}-{count}", MOST // math.prod(shape)
         raise UserError(
-            f"no topology {name!r}: there is no slice of {count}; {counts}, nearest are {' and '.join(_near(chip, count))}"
+            f"no topology {name!r}: {on.slices} {on.group}s of {one}; there may be 1 to {most}, as in {one}x2"
         )
-    return Topology(name, chip, shape, slices)
+    return on
+
+
+def _host_shape(chip: Chip, count: int) -> tuple[int] | None:
+    """Of a host with `count` chips; None if there is none."""
+    return (count,) if 0 < count <= chip.hosts_of else None
+
+
+def _no_host(chip: Chip, count: int) -> str:
+    most, hosts = chip.hosts_of, max(2, min(-(-count // chip.hosts_of), MOST // chip.hosts_of))
+    return f"a host has up to {most} of {chip.name}; {chip.name}-{most}x{hosts} is {hosts} hosts of {most}"
+
+
+def _no_slice(chip: Chip, count: int) -> str:
+    each = f", {chip.cores} a chip" if chip.names_count == "cores" else ""
+    near = " and ".join(_near(chip, count))
+    return f"there is no slice of {count}; {chip.name} counts {chip.names_count}{each}, nearest are {near}"
 
 
 def _slice_shape(chip: Chip, count: int) -> tuple[int, ...] | None:
@@ -115,7 +129,8 @@ def _names(chip: Chip) -> list[str]:
 def _near(chip: Chip, count: int) -> list[str]:
     """Names of the next smaller and the next larger slice."""
     found = []
-    for sizes in (range(count - 1, 0, -1), range(count + 1, 20_000)):
+    most = chip.pod * (chip.cores if chip.names_count == "cores" else 1)
+    for sizes in (range(min(count - 1, most), 0, -1), range(count + 1, most + 1)):
         found += [f"{chip.name}-{n}" for n in itertools.islice((n for n in sizes if _slice_shape(chip, n)), 1)]
     return found
 
@@ -143,7 +158,9 @@ def _tpu(on: Topology) -> list:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"planning for {on.name} needs the TPU compiler: pip install 'jaxllm[tpu]' (no TPU is needed)")
-    topologies = _compile_only()
+    _leave_accelerators_alone()
+    from jax.experimental import topologies
+
     options = {"wrap": on.chip.links.rings(on.shape) + (False,) * (3 - len(on.shape))}
     if on.chips == on.slices:
         options["chips_per_host_bounds"] = (1, 1, 1)
@@ -168,7 +185,9 @@ def _cuda(on: Topology) -> list:
     if "xla_gpu_cuda_data_dir" not in flags and (toolkit := _ptxas()):
         flags += f" --xla_gpu_cuda_data_dir={toolkit}"
     os.environ["XLA_FLAGS"] = flags.strip()
-    topologies = _compile_only()
+    _leave_accelerators_alone()
+    from jax.experimental import topologies
+
     try:
         found = topologies.get_topology_desc(
             on.chip.name, "cuda", target_config=target_config(on.chip), topology=f"1x{on.slices}x{on.shape[0]}"
@@ -194,19 +213,18 @@ def _ptxas() -> Path | None:
     return None
 
 
-def _compile_only():
-    """`jax.experimental.topologies`, in a process that leaves accelerators alone if nothing else was asked for."""
+def _leave_accelerators_alone() -> None:
+    """JAX starts none in this process, if nothing else was asked for."""
     import jax
-    from jax.experimental import topologies
 
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
-    return topologies
 
 
 def _cpu(on: Topology) -> list:
     import jax
 
+    _leave_accelerators_alone()
     # Has no effect on, and is refused by, a JAX that has started.
     try:
         if jax.config.jax_num_cpu_devices < on.devices and not _forced():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.models.config import Block, DecoderConfig
+from jaxllm.models.config import Block, DecoderConfig, Keep
 from jaxllm.models.decoder import row_tokens
 from jaxllm.models.layers.attention import attend
 from jaxllm.models.layers.block import Layer, drop
@@ -145,10 +145,16 @@ def reference():
     return compiled(params)
 
 
+KEEP = (
+    Keep(device=("q", "k", "v", "residual")), Keep(device=("attention", "gate", "up")), Keep(host=("input",)),
+    Keep(device=("q", "k"), host=("input", "v", "residual")),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize(
     "policy",
-    ["none", "full", "dots", "save_attention", "offload", ("q", "k", "v", "residual"), ("attention", "gate", "up")],
+    ["none", "full", "dots", "save_attention", "offload", *KEEP],
     ids=str,
 )
 def test_neither_scan_nor_remat_changes_loss_or_gradients(policy, scan):

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxllm.models.config import DecoderConfig
+from jaxllm.models.config import DecoderConfig, Keep
 from jaxllm.models.count import flops_per_token, parameters
 from jaxllm.plan.analytic import (
     POLICIES,
@@ -114,12 +114,12 @@ EIGHT = {"num_layers": 8}
 OURS = [
     (EIGHT, 64, 2048, "v5e-16", "full", {}, 3.89),
     (EIGHT, 64, 2048, "v5e-16", "save_attention", {}, 5.74),
-    (EIGHT, 64, 2048, "v5e-16", ("attention", "q", "k", "v", "residual", "gate", "up"), {}, 8.73),
+    (EIGHT, 64, 2048, "v5e-16", Keep(device=("attention", "q", "k", "v", "residual", "gate", "up")), {}, 8.73),
     (EIGHT, 64, 2048, "v5e-16", "none", {}, 11.58),
     (EIGHT, 64, 2048, "v5e-16", "full", {"accumulate": 2}, 3.51),
     (EIGHT, 64, 2048, "v5e-16", "full", {"zero": 1}, 17.22),
     (EIGHT, 64, 2048, "v5e-16", "full", {"tensor": 4}, 5.27),
-    (EIGHT, 256, 2048, "v5e-16", ("q",), {}, 10.56),
+    (EIGHT, 256, 2048, "v5e-16", Keep(device=("q",)), {}, 10.56),
     (EIGHT | {"vocab": 128256}, 64, 2048, "v5e-16", "full", {}, 8.56),
 ]
 # libtpu 0.0.46, MaxText 0.2.5's step of Llama 2 7B; its `minimal` and `save_qkv_proj` by our names.
@@ -127,8 +127,8 @@ MAXTEXT = [
     ({}, 32, 2048, "v5e-16", "full", {}, 9.24),
     ({}, 32, 2048, "v5e-16", "full", {"tensor": 4, "norm_seq": 1}, 9.22),
     ({}, 1024, 2048, "v5e-256", "full", {}, 4.13),
-    ({}, 1024, 2048, "v5e-256", ("q", "k", "v"), {}, 10.03),
-    ({}, 256, 4096, "v5p-128", ("q", "k", "v", "residual", "gate", "up"), {}, 45.91),
+    ({}, 1024, 2048, "v5e-256", Keep(device=("q", "k", "v")), {}, 10.03),
+    ({}, 256, 4096, "v5p-128", Keep(device=("q", "k", "v", "residual", "gate", "up")), {}, 45.91),
 ]
 
 
@@ -157,7 +157,7 @@ def test_many_plans_at_once_get_the_numbers_each_gets_alone():
         "data": [1, 2, 1, 1], "pipe": [1, 1, 4, 1], "fsdp": [16, 4, 1, 4], "context": [1, 1, 2, 4],
         "tensor": [1, 2, 2, 1], "zero": [3, 1, 3, 2], "norm_seq": [0, 1, 1, 0], "ulysses": [0, 0, 0, 1],
         "schedule": [1, 1, 3, 1], "chunks": [1, 1, 1, 1], "accumulate": [1, 2, 8, 4], "remat": [0, 1, 2, 3],
-        "offload": [0, 0, 1, 0],
+        "recompute": [0, 0, 1, 0], "offload": [0, 0, 1, 0],
     }  # fmt: skip
     plans = Plans(**{name: np.array(v) for name, v in columns.items()})
     together = estimate(work, on, plans, REACHED)
@@ -191,8 +191,8 @@ def test_recomputation_is_what_a_policy_does_not_keep():
     products = value(estimate(work, on, Plans.one(fsdp=16), REACHED).terms.products)
     share = s.layers * (layer - s.embed * s.wide) / (s.layers * layer + s.embed * s.vocab)
     assert again("full") == pytest.approx(products / 3 * share, rel=1e-3)
-    assert again("none") == again(("q", "k", "v", "residual", "gate", "up")) == 0
-    assert again("full") > again("save_attention") > again(("q", "k", "v", "residual")) > 0
+    assert again("none") == again(Keep(device=("q", "k", "v", "residual"), host=("gate", "up"))) == 0
+    assert again("full") > again("save_attention") > again(Keep(device=("q", "k", "v", "residual"))) > 0
 
 
 def test_low_hides_everything_and_high_nothing():

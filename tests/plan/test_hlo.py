@@ -182,19 +182,54 @@ BRANCH = """%{name} (x: f32[8,8]) -> f32[8,8] {{
 }}"""
 
 
-def test_of_branches_the_mean_or_the_most_is_counted():
-    one = BRANCH.format(
-        name="one", line="ROOT %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
-    )
-    none = BRANCH.format(name="none", line="ROOT %y = f32[8,8]{1,0} bitcast(%x)")
+DOT = "ROOT %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+
+
+@pytest.mark.parametrize(
+    "runs, share", [({}, 1 / 4), ({"choice": (0.1, 0.2, 0.3, 0.4)}, 0.1), ({"choice": (0.5, 0.5)}, 1 / 4)]
+)
+def test_branches_count_as_often_as_they_are_known_to_be_taken(runs, share):
+    one, none = BRANCH.format(name="one", line=DOT), BRANCH.format(name="none", line="ROOT %y = f32[8,8]{1,0} bitcast(%x)")
     entry = (
         "  %i = s32[] parameter(0)\n  %x = f32[8,8]{1,0} parameter(1)\n"
-        "  ROOT %c = f32[8,8]{1,0} conditional(%i, %x, %x, %x, %x), branch_computations={%one, %none, %none, %none}"
+        "  ROOT %c = f32[8,8]{1,0} conditional(%i, %x, %x, %x, %x), branch_computations={%one, %none, %none, %none}, "
+        'metadata={op_name="jit(f)/while/body/choice/cond"}'
     )
-    assert counted(entry, one, none).flops == 2 * 8**3 / 4
-    most = counted(entry, one, none, branches="most")
-    assert most.flops == 2 * 8**3
-    assert most.branches == 1
+    found = counted(entry, one, none, runs=runs)
+    assert found.flops == pytest.approx(2 * 8**3 * share)
+    assert bool(found.notes) == (share == 1 / 4)  # a guess is said to be one
+
+
+def test_a_branch_that_a_truth_chooses_is_counted_by_its_number():
+    one, none = BRANCH.format(name="one", line=DOT), BRANCH.format(name="none", line="ROOT %y = f32[8,8]{1,0} bitcast(%x)")
+    entry = (
+        "  %i = pred[] parameter(0)\n  %x = f32[8,8]{1,0} parameter(1)\n"
+        "  ROOT %c = f32[8,8]{1,0} conditional(%i, %x, %x), true_computation=%one, false_computation=%none, "
+        'metadata={op_name="jit(f)/meet/cond"}'
+    )
+    assert counted(entry, one, none, runs={"meet": (0.75, 0.25)}).flops == 2 * 8**3 / 4
+
+
+def test_loops_that_no_text_counts_run_as_often_as_their_scope_says():
+    """A loop in a loop, each of unknown trips; cycles of a scope are its own, without those of scopes within it."""
+
+    def f(n, m, x):
+        def outer(_, x):
+            with jax.named_scope("inner"):
+                return jax.lax.fori_loop(0, m, lambda _, y: y @ x, x @ x @ x)
+
+        with jax.named_scope("outer"):
+            return jax.lax.fori_loop(0, n, outer, x)
+
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    text = jax.jit(f).lower(jnp.int32(1), jnp.int32(1), x).compile().as_text()
+    one = 2 * 64**3
+    found = account(parse(text), layout({"data": 1}), V5E, runs={"outer": 0.5, "inner": 3.0})
+    assert found.flops == 0.5 * (2 + 3) * one
+    assert found.scopes.keys() == {"outer", "outer.inner"} and not found.notes
+    assert found.scopes["outer"] == pytest.approx(2 * found.scopes["outer.inner"], rel=0.5)
+    unknown = account(parse(text), layout({"data": 1}), V5E)
+    assert unknown.flops == 3 * one and len(unknown.notes) == 2 and not unknown.scopes
 
 
 # --- who talks to whom -----------------------------------------------------------------------------------------------

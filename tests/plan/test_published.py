@@ -29,7 +29,7 @@ def test_so_it_is_with_whole_families_left_out(result):
     assert result["families_left_out"] == median <= plan.TARGET
 
 
-def test_every_miss_above_a_third_is_explained(result):
+def test_every_miss_above_30_percent_is_explained(result):
     misses = [row for row in result["rows"] if abs(row["error"]) > 0.3]
     assert result["count"]["above_30_percent"] == len(misses)
     assert not [row["name"] for row in misses if not row["note"]]
@@ -45,14 +45,26 @@ def test_the_shipped_calibration_is_what_the_fit_gives(result):
     assert shipped["error"] == pytest.approx(result["ours"], abs=5e-4)
 
 
-def test_a_row_is_predicted_by_a_fit_that_has_not_seen_it():
+@pytest.mark.parametrize("name", ["llama3-8b v6e-256", "mistral-7b v6e-8", "axlearn 70b 4x v5e-256"])
+def test_a_row_is_predicted_by_a_fit_that_has_not_seen_it(name):
     """The published time of a row does not move its own prediction, and moves those of others."""
-    own = next(row for row in ROWS if row.name == "llama3-8b v6e-256")
-    some = [row for row in ROWS if row.on.chip.name == "v6e" and row is not own]
-    checks = calibration.leave_one_out([own, *some])
-    slower = calibration.leave_one_out([own._replace(seconds=2 * own.seconds), *some])
-    assert slower[0].predicted == checks[0].predicted
-    assert any(a.predicted != b.predicted for a, b in zip(slower[1:], checks[1:]))
+
+    def alone(row: calibration.Published) -> str:
+        return "own" if row.name == name else "others"
+
+    own = next(row for row in ROWS if row.name == name)
+    checks, slower = (
+        calibration.leave_one_out([row._replace(seconds=n * row.seconds) if row is own else row for row in ROWS], alone)
+        for n in (1, 2)
+    )
+    moved = {a.row.name for a, b in zip(checks, slower) if a.predicted != b.predicted}
+    assert name not in moved and moved
+
+
+def test_no_fitted_number_is_the_first_or_last_that_was_tried(result):
+    for name, value in result["fitted"].items():
+        grid = calibration.GRIDS[name.split()[0]]
+        assert grid[0] < value < grid[-1], name
 
 
 def test_few_numbers_are_fitted_to_many_rows(result):
@@ -85,12 +97,12 @@ def test_published_figures_are_read_as_their_sources_count_them():
     assert row.mfu == pytest.approx(0.7147, rel=2e-3)
 
 
-def test_most_runs_that_ran_are_predicted_to_fit():
+def test_three_of_four_runs_that_ran_are_predicted_to_fit_and_nine_of_ten_within_a_tenth():
     """Those that did with tricks we do not have (logits in tiles, state in 16 bits that the source does not state) may
     not."""
-    limits = [1.1 * row.on.chip.hbm_bytes / row.on.chip.devices for row in ROWS]
-    fits = [float(memory(row.job, row.plans).peak[0]) <= limit for row, limit in zip(ROWS, limits)]
-    assert sum(fits) >= 0.9 * len(ROWS)
+    share = [float(memory(row.job, row.plans).peak[0]) / row.on.chip.device_hbm for row in ROWS]
+    assert sum(s <= 1 for s in share) >= 0.75 * len(ROWS)
+    assert sum(s <= 1.1 for s in share) >= 0.9 * len(ROWS)
 
 
 def test_chips_without_a_published_run_have_a_calibration_too():

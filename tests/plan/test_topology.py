@@ -1,5 +1,8 @@
 import importlib.util
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +62,15 @@ def test_a_summary_says_how_many_chips_a_count_of_cores_is():
         ("v5e-512", "nearest are v5e-256$"),
         ("v5p-100", "v5p counts cores, 2 a chip, nearest are v5p-64 and v5p-128"),
         ("h100-16", "a host has up to 8 of h100; h100-8x2 is 2 hosts of 8"),
-        ("v6e-256x0", "no slice of 256"),
+        ("v6e-256x0", "0 slices of v6e-256; there may be 1 to 4096, as in v6e-256x2$"),
+        ("h100-8x0", "0 hosts of h100-8; there may be 1 to 131072, as in h100-8x2$"),
+        ("v5e-8x999999999", "999999999 slices of v5e-8; there may be 1 to 131072"),
+        ("v5e-999999999999", "no slice of 999999999999; v5e counts chips, nearest are v5e-256$"),
+        ("v5p-999999999999", "nearest are v5p-17920$"),
+        ("h100-999999999999", "h100-8x131072 is 131072 hosts of 8"),
+        (f"v5e-{'9' * 5000}", "no topology .*: chips are v5e"),
+        ("v5e-0", "no slice of 0; v5e counts chips, nearest are v5e-1$"),
+        ("", "no topology '': chips are v4"),
         ("v5e-16 ", "no topology 'v5e-16 '"),
     ],
 )
@@ -82,11 +93,26 @@ def test_flat_slices_are_rings_only_where_they_span_the_pod_and_cubes_of_four_al
 @pytest.mark.parametrize("chip", [c for c in CHIPS.values() if c.platform != "cpu"], ids=lambda c: c.name)
 def test_the_peaks_of_plans_are_those_that_training_measures_against(chip):
     assert chip.device_flops == pytest.approx(peak_flops(chip.title, jnp.bfloat16), rel=1e-3)
-    assert chip.hbm_usable <= chip.hbm_bytes * 1.01  # sizes of data sheets are rounded
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda c: c.name)
+def test_no_program_may_use_more_memory_than_a_chip_has(chip):
+    assert 0.95 * chip.hbm_bytes < chip.hbm_usable <= chip.hbm_bytes
 
 
 def test_cpu_devices_are_those_that_there_are():
     assert devices(topology("cpu-4")) == jax.devices("cpu")[:4]
+
+
+@pytest.mark.parametrize("given", ["", "cpu"])
+def test_planning_for_cpus_starts_no_accelerator(given):
+    script = (
+        "import jax\nfrom jaxllm.plan.topology import devices, topology\n"
+        "found = devices(topology('cpu-2'))\nprint(len(found), jax.config.jax_platforms)"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": given, "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout == "2 cpu\n"
 
 
 def test_more_cpu_devices_than_jax_has_started_with_are_refused_with_the_flag_that_makes_them():

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.parallel.config import FSDP
+from jaxllm.parallel.config import FSDP, Mesh
+from jaxllm.parallel.sharding import make_mesh
 from jaxllm.train.config import SGD, Adafactor, AdamW, Lion, Muon
 from jaxllm.train.optimizers import build, decay_mask, is_matrix, state_axes
 
@@ -188,7 +189,7 @@ def test_the_axes_of_every_state_leaf_have_its_sizes(cfg):
 
 @every_optimizer
 def test_the_state_is_born_in_its_shards_and_updates_as_on_one_device(cfg):
-    mesh = Mesh(np.reshape(jax.devices()[:4], (1, 2, 2)), ("data", "fsdp", "tensor"))
+    mesh = make_mesh(Mesh(fsdp=2, tensor=2), jax.devices()[:4])
     place = lambda axes: NamedSharding(mesh, P(*FSDP.mesh_axes(axes)))
     params, grads = normal(0), normal(1)
     tx = build(cfg, constant(cfg), AXES)

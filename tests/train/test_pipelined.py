@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
+from test_loop import losses, parse, prepared  # noqa: F401 (a fixture)
 from test_step import LENGTH, random_batch, random_model, run_config
 
 from jaxllm.core.errors import ConfigError
@@ -22,6 +23,7 @@ from jaxllm.parallel.pipelined import Stages
 from jaxllm.train import optimizers
 from jaxllm.train.checkpoint import Checkpointer, load_params, restore
 from jaxllm.train.config import Checkpoints, RunConfig
+from jaxllm.train.loop import train
 from jaxllm.train.precision import init_scale
 from jaxllm.train.step import (
     Setup,
@@ -368,3 +370,21 @@ def test_rows_that_do_not_divide_into_slices_are_refused():
 def test_costs_of_schedules_can_be_compared_without_running_them():
     share = {kind: bubble(table(run_config(f"pipeline.schedule={kind}").pipeline.schedule, 4, 8)) for kind in KINDS}
     assert share["zb_h1"] < share["interleaved"] < share["1f1b"] == pytest.approx(share["gpipe"])  # 0.11, 0.16, 0.27
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_stages_or_none(prepared, tmp_path):  # noqa: F811
+    def run(out: str, *overrides: str) -> dict[int, float]:
+        train(parse(prepared, tmp_path / out, "steps=6", "accumulate=4", "batch=16", "model.num_layers=5", *overrides))
+        return losses(tmp_path / out)
+
+    unbroken = run("unbroken", "mesh.fsdp=4")
+    every = ("checkpoints.every=2", "evaluation.every=2")
+    run("moved", "mesh={pipe: 2, fsdp: 2}", "pipeline.schedule=interleaved", "steps=3", *every)
+    run("moved", "mesh={pipe: 4, fsdp: 1}", "pipeline.schedule=zb_h1", "steps=5", *every)
+    moved = run("moved", "mesh.fsdp=4", *every)
+    assert moved.keys() == unbroken.keys()
+    for step, loss in unbroken.items():
+        assert moved[step] == pytest.approx(loss, rel=1e-4)
+    # and its weights start another
+    run("next", f"initial={tmp_path / 'moved'}", "mesh={pipe: 4, fsdp: 1}", "steps=3")

@@ -46,6 +46,7 @@ class Block(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """The layer's output. `remember` sees each new key and value and says which to attend to."""
         keys = jax.random.split(key, 3) if key is not None else (None, None, None)
+        x_BTD = checkpoint_name(x_BTD, "input")
 
         def attention(h_BTD):
             h_BTD = constrain(h_BTD, "batch", "seq", "embed")

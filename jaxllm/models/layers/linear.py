@@ -81,6 +81,8 @@ def lookup(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _lookup(place: Placement | None, rows: str, table_VD: Array, ids_BT: Array) -> Array:
+    if place is not None:
+        return place.lookup(table_VD, ids_BT, rows)
     return jnp.take(table_VD, ids_BT, axis=0, mode="clip")
 
 

@@ -1,0 +1,97 @@
+"""What a plan says of pipelines: of compiled programs, whose loops no text counts, and by the formulas."""
+
+import functools
+
+import pytest
+
+from jaxllm.core.config import parse
+from jaxllm.plan.analytic import memory
+from jaxllm.plan.compiled import Proof, prove
+from jaxllm.plan.predict import NAMES, predict
+from jaxllm.plan.search import job_of, plans_of
+from jaxllm.plan.topology import topology
+from jaxllm.train.config import RunConfig
+
+LENGTH, LAYERS, EMBED, MLP, VOCAB = 64, 8, 64, 128, 128
+FOUR = "mesh.pipe=4"
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb_h1")
+
+
+def config(*overrides: str) -> RunConfig:
+    block = {"attention": {"num_heads": 2}, "ffn": {"mlp": MLP}}
+    model = {"vocab": VOCAB, "embed": EMBED, "num_layers": LAYERS, "context": LENGTH, "block": block}
+    tree = {
+        "out": "unused", "steps": 1000, "batch": 16, "data": {"path": "unused"}, "model": model, "mesh": {"fsdp": 1},
+        "optimizer": {"kind": "adamw", "learning_rate": 3e-4}, "accumulate": 8,
+    }  # fmt: skip
+    return parse(RunConfig, tree, overrides)
+
+
+@functools.cache
+def proof(*overrides: str) -> Proof:
+    return prove(config(*overrides), topology("cpu-4"))
+
+
+def head_share() -> float:
+    layer = 4 * EMBED**2 + 3 * EMBED * MLP + 2 * EMBED * LENGTH
+    return EMBED * VOCAB / (LAYERS * layer + EMBED * VOCAB)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_stages_multiply_what_the_model_asks_for_and_nothing_twice(schedule):
+    p = proof(FOUR, f"pipeline.schedule={schedule}", "pipeline.recompute=false")
+    assert p.hardware_flops == pytest.approx(p.model_flops_square, rel=1e-6)
+    assert p.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stages"),
+    [
+        ((FOUR,), 4), ((FOUR, "pipeline.schedule=gpipe"), 4), ((FOUR, "pipeline.schedule=interleaved"), 8),
+        (("mesh.pipe=2", "mesh.fsdp=2"), 2), (("mesh.pipe=2", "mesh.tensor=2"), 2),
+    ],
+)  # fmt: skip
+def test_recomputed_stages_go_forward_twice_but_for_the_last(overrides, stages):
+    p = proof(*overrides)
+    again = (1 - head_share()) / 3 * (1 - 1 / stages)
+    assert p.hardware_flops == pytest.approx(p.model_flops_square * (1 + again), rel=1e-3)
+
+
+def test_stages_of_unequal_length_count_as_they_are():
+    even, uneven = proof(FOUR, "pipeline.recompute=false"), proof(FOUR, "pipeline.stages=[3, 2, 2, 1]", "pipeline.recompute=false")
+    assert uneven.hardware_flops == pytest.approx(even.hardware_flops, rel=0.01)
+    assert uneven.bubble > 1.2 * even.bubble  # all wait for the longest
+
+
+@pytest.mark.parametrize("schedule, share", [("gpipe", 3 / 11), ("1f1b", 3 / 11), ("interleaved", 3 / 19), ("zb_h1", 3 / 27)])
+def test_the_bubble_of_the_program_is_that_of_the_formula_with_the_head_on_top(schedule, share):
+    p = proof(FOUR, f"pipeline.schedule={schedule}", "pipeline.recompute=false")
+    assert share < p.bubble < share + 0.12
+    said = predict(config(FOUR, f"pipeline.schedule={schedule}"), p.on, p)
+    assert said.terms[NAMES["bubble"]] / said.expected_ms == pytest.approx(p.bubble, rel=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_recomputation_frees_is_predicted_as_it_is_compiled(schedule):
+    """Differences of one program from another, so that what all steps have in common does not hide what is asked."""
+
+    def bytes_of(recompute: str) -> tuple[float, float]:
+        overrides = FOUR, f"pipeline.schedule={schedule}", f"pipeline.recompute={recompute}"
+        formula = memory(job_of(config(*overrides)), plans_of(config(*overrides), topology("cpu-4")))
+        return proof(*overrides).temporary_bytes, float(formula.activations[0])
+
+    (kept, kept_formula), (again, again_formula) = bytes_of("false"), bytes_of("true")
+    assert kept_formula - again_formula == pytest.approx(kept - again, rel=0.35)
+
+
+def test_replicas_that_meet_now_and_then_send_as_often():
+    rare, often = (
+        proof("mesh.data=4", "accumulate=4", f"outer={{kind: diloco, every: {n}}}") for n in (500, 1)
+    )  # fmt: skip
+    sent = [sum(c.bytes * c.count for c in p.account.collectives if "data" in c.axes) for p in (rare, often)]
+    assert sent[0] < sent[1] / 100
+    formula = [
+        predict(config("mesh.data=4", "accumulate=4", f"outer={{kind: diloco, every: {n}}}"), topology("v5e-4")).terms
+        for n in (500, 1)
+    ]
+    assert formula[1][NAMES["data"]] == pytest.approx(500 * formula[0][NAMES["data"]])
