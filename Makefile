@@ -1,6 +1,6 @@
 # `make quickstart` and `make test` set everything up by themselves, in .venv. Needed: python3 (3.11 or newer) and make.
-#   make install | test | test-tpu | quickstart | smoke312 | clean      PYTHON=python3.12 picks the interpreter
-#   make test ARGS="-n 2 -m 'not slow'"                      ARGS go to pytest
+#   make install | test | test-all | quickstart | smoke312 | clean      PYTHON=python3.12 picks the interpreter
+#   make test ARGS='tests/models -x'                         ARGS go to pytest, JOBS=4 says in how many processes
 
 PYTHON ?= python3
 # pyenv keeps its interpreters off PATH
@@ -9,16 +9,19 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PINS := pyproject.toml constraints.txt
 
-.PHONY: install test test-tpu quickstart smoke312 clean
+.PHONY: install test test-all quickstart smoke312 clean
+
+JOBS ?= 2
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 install: $(VENV)/installed
 
 test: $(VENV)/installed-test
-	$(PY) -m pytest -m "not tpu_aot and not slow" $(ARGS)
+	$(PYTEST) -m "not tpu_aot and not slow" $(ARGS)
 
-# What needs the TPU compiler, and no TPU.
-test-tpu: $(VENV)/installed-tpu
-	$(PY) -m pytest -m tpu_aot $(ARGS)
+# The long tests too, and those that need the TPU compiler (and no TPU).
+test-all: $(VENV)/installed-tpu
+	$(PYTEST) $(ARGS)
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/jaxllm prepare configs/data/quickstart.yaml

@@ -71,6 +71,9 @@ def test_the_listing_of_fields_is_aligned_and_survives_a_closed_pipe():
     (["train", "nope.yaml"], "nope.yaml: no such config file"),
     (["generate", "nope.yaml"], "nope.yaml: no such config file"),
     (["report", "nope"], "nope: holds no metrics.jsonl"),
+    (["plan"], "no config given; for example: jaxllm plan configs/train/125m_v5e8.yaml"),
+    (["plan", "nope.yaml"], "nope.yaml: no such config file"),
+    (["plan", str(QUICKSTART)], "model.vocab is not set: a plan knows no data"),
 ])  # fmt: skip
 def test_what_is_missing_is_said_with_status_2(argv, told, capsys):
     assert cli.main(argv) == 2
@@ -102,6 +105,18 @@ def test_an_interrupt_is_status_130_and_any_other_error_keeps_its_traceback(monk
 def test_overrides_may_stand_on_either_side_of_flags(asked):
     assert cli.main(["generate", "c.yaml", "seed=1", "--prompt", "a", "stop=[b]", "--prompt", "c"]) == 0
     assert asked == [("c.yaml", ('prompt=["a", "c"]', "seed=1", "stop=[b]"))]
+
+
+def test_flags_of_plan_are_what_is_asked(monkeypatch):
+    calls = []
+    monkeypatch.setattr(verbs, "plan", lambda config, *overrides, **asked: calls.append((config, overrides, asked)))
+    given = ["--top", "2", "--tokens", "1e9", "--price", "0", "--pue", "1.2", "--grid", "0", "--watts", "5"]
+    assert (
+        cli.main(["plan", "c.yaml", "--on", "", "batch=8", "--search", "--formulas", "--json", "x.json", *given]) == 0
+    )
+    asked = {"on": "", "search": True, "top": 2, "proof": False, "file": Path("x.json")}
+    numbers = {"tokens": 1e9, "price": 0.0, "pue": 1.2, "grid": 0.0, "watts": 5.0}
+    assert calls == [("c.yaml", ("batch=8",), asked | numbers)]
 
 
 @pytest.mark.parametrize("flags, sampling", [

@@ -6,6 +6,7 @@ leaving out its whole family (the same model and chip in other numbers). `ratio`
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -93,10 +94,12 @@ def beside(peer: str, python: str) -> dict[str, Any]:
       python: an interpreter that has MaxText and, as MaxText brings it along, what jaxllm needs.
 
     Raises:
-      UserError: no such peer, or it is not installed there: no case compiles.
+      UserError: no such peer or interpreter, or no case compiles, as where the peer is not installed.
     """
     if peer != "maxtext":
         raise UserError(f"bench plan: no peer {peer!r}; known: maxtext")
+    if shutil.which(python) is None:
+        raise UserError(f"bench plan: --peer-python {python} is no program; name a Python that has MaxText")
     cases: dict[str, Any] = {}
     for name in CASES:
         try:
@@ -129,13 +132,7 @@ def _compiled(python: str, side: str, case: str, file: Path) -> dict[str, Any]:
     """One side of a case, compiled in a process of its own."""
     root = str(Path(jaxllm.__file__).parents[1])
     command = [python, "-m", "jaxllm.plan.maxtext", side, case, str(file)]
-    env = os.environ | {"PYTHONPATH": root}
-    try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    except OSError as e:
-        raise UserError(
-            f"bench plan: --peer-python {python} does not start ({e.strerror}); name a Python that has MaxText"
-        ) from None
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, check=False)
     if not file.exists():
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         hint = "; --peer-python names the interpreter that has MaxText" if "ModuleNotFoundError" in last else ""

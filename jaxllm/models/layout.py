@@ -74,7 +74,7 @@ def stack(logical: dict[str, Leaf], cfg: DecoderConfig, places: Places | None = 
             raise CheckpointError(
                 f"layers that repeat must be alike: {', '.join(f'{n} is {p.shape}' for n, p in zip(names, parts))}"
             )
-        stacked[key] = _stack(_placed(parts, places)) if _is_block(key) else parts[0]
+        stacked[key] = _stack(_placed(parts, places)) if is_stacked(key) else parts[0]
     return stacked
 
 
@@ -99,7 +99,13 @@ def join(
 
 def has_layers(key: str, shape: tuple[int, ...], cfg: DecoderConfig, places: Places | None = None) -> bool:
     """Whether a leaf of a run has the layers of its slot as its leading axis."""
-    return _is_block(key) and shape[:1] == (cfg.num_groups if places is None else len(places),)
+    return is_stacked(key) and shape[:1] == (cfg.num_groups if places is None else len(places),)
+
+
+def is_stacked(key: str) -> bool:
+    """Whether a leaf of a run is of the layers of a slot."""
+    match = _STACKED.search(key)
+    return bool(match) and match[2] == "blocks"
 
 
 def layer_sharding(sharding: Sharding | None, shape: tuple[int, ...] = ()) -> Sharding | None:
@@ -121,11 +127,6 @@ def layer_sharding(sharding: Sharding | None, shape: tuple[int, ...] = ()) -> Sh
 
 def _axes(mesh_axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes or ())
-
-
-def _is_block(key: str) -> bool:
-    match = _STACKED.search(key)
-    return bool(match) and match[2] == "blocks"
 
 
 def _unstack(leaf: Leaf) -> list[Leaf]:

@@ -7,12 +7,7 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxllm.core.shapes import Array
-from jaxllm.parallel.config import MeshAxes
-
-
-def axis_names(axes: MeshAxes) -> tuple[str, ...]:
-    """The mesh axes of one dimension, slowest first."""
-    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+from jaxllm.parallel.config import MeshAxes, axis_names
 
 
 def share_count(mesh: jax.sharding.Mesh, axes: MeshAxes) -> int:

@@ -12,6 +12,11 @@ MESH_AXES = ("data", "pipe", "fsdp", "expert", "context", "tensor")  # from the 
 MeshAxes = str | tuple[str, ...] | None
 
 
+def axis_names(axes: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes of one dimension, slowest first."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
 class Mesh(Config):
     """How many devices each mesh axis spans. At most one axis is -1: what is left of the devices."""
 
@@ -79,13 +84,21 @@ class Rules(Config):
             raise ValueError(f"no mesh axis {wrong[0]!r}; known: {', '.join(MESH_AXES)}")
         return value
 
+    @field_validator("seq")
+    @classmethod
+    def _shares_in_order(cls, axes: MeshAxes) -> MeshAxes:
+        """Devices that share a row send its tokens on in the order in which JAX numbers them."""
+        if list(axis_names(axes)) != (right := sorted(axis_names(axes), key=MESH_AXES.index)):
+            raise ValueError(f"positions are shared out over mesh axes in their order: {right}, got {list(axes)}")
+        return axes
+
     def mesh_axes(self, axes: tuple[str | None, ...]) -> tuple[MeshAxes, ...]:
         """Mesh axes of an array with these logical axes; refuses unknown names and collisions."""
         for a in axes:
             if a is not None and a not in type(self).model_fields:
                 raise ConfigError(f"unknown logical axis {a!r} in {axes}; known: {', '.join(type(self).model_fields)}")
         chosen = tuple(getattr(self, a) if a else None for a in axes)
-        used = [n for c in chosen if c for n in ((c,) if isinstance(c, str) else c)]
+        used = [n for c in chosen for n in axis_names(c)]
         if dup := sorted({n for n in used if used.count(n) > 1}):
             raise ConfigError(f"axes {axes} would shard two dimensions over mesh axis {dup[0]!r}: {chosen}")
         return chosen
@@ -140,11 +153,12 @@ class Sharding(Config):
 class Ring(Config):
     """Keys and values go round the shares of a row while each computes on those it has (Liu et al. 2023, 2310.01889).
 
-    Row lengths must be multiples of twice the shares when `balanced`, of the shares otherwise.
+    Row lengths must be multiples of twice the shares when `balanced`, of the shares otherwise. Balanced, share i holds
+    chunks i and 2n-1-i of 2n (Llama 3, arXiv:2407.21783, 3.3.2).
     """
 
     kind: Literal["ring"] = "ring"
-    balanced: bool = True  # share i holds chunks i and 2n-1-i: causal work is even (Llama 3, arXiv:2407.21783, 3.3.2)
+    balanced: bool = True  # causal work is even; dropout is drawn by place in that order: another draw than elsewhere
 
 
 class Ulysses(Config):
@@ -191,17 +205,25 @@ class ZeroBubble(Config):
     kind: Literal["zb_h1"] = "zb_h1"
 
 
+Schedule = union(GPipe, OneForwardOneBackward, Interleaved, ZeroBubble)
+
+
 class Pipeline(Config):
     """Layers over the mesh axis `pipe`; the microbatches are those of `accumulate`. Embedding first, head last."""
 
-    schedule: union(GPipe, OneForwardOneBackward, Interleaved, ZeroBubble) = OneForwardOneBackward()  # who computes when
+    schedule: Schedule = OneForwardOneBackward()  # who computes when
     stages: tuple[int, ...] | None = None  # layer groups of each stage in order of use; null: as even as can be
-    recompute: bool = True  # keep a stage's input alone until its backward pass; false: what `remat` keeps of each layer
+    recompute: bool = True  # until its backward pass a stage keeps its input alone; false: what `remat` keeps, too
 
     @property
     def chunks(self) -> int:
         """Stages a device holds."""
         return getattr(self.schedule, "chunks", 1)
+
+    @property
+    def slices(self) -> int:
+        """Runs of tokens that a row goes through in."""
+        return getattr(self.schedule, "slices", 1)
 
     def groups(self, devices: int, groups: int) -> tuple[int, ...]:
         """Layer groups of each of the `devices * chunks` stages; later ones take what does not divide last.
@@ -216,7 +238,8 @@ class Pipeline(Config):
             return tuple(groups // n + (i < groups % n) for i in range(n))
         if len(self.stages) != n or sum(self.stages) != groups or min(self.stages) < 1:
             raise ConfigError(
-                f"pipeline.stages={list(self.stages)} must be {n} numbers above 0 that add up to the {groups} layer groups"
+                f"pipeline.stages={list(self.stages)} must be {n} numbers above 0 that add up to the {groups} layer "
+                "groups"
             )
         return self.stages
 

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec
 from jaxllm.core.axes import placed_by
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.shapes import Array, Float, Int, PyTree
-from jaxllm.parallel.collectives import axis_names, by_device, exchange, share_count, taken_axes
-from jaxllm.parallel.config import Context, Ring, Rules, Ulysses
+from jaxllm.parallel.collectives import by_device, exchange, share_count, taken_axes
+from jaxllm.parallel.config import Context, Ring, Rules, Ulysses, axis_names
 from jaxllm.parallel.sharding import Placed
 
 LOGITS = 2**22  # logits of one head of one row that a device has at once: 16 MiB
@@ -87,17 +87,9 @@ def ulysses(
 
 
 def shared_out(mesh: jax.sharding.Mesh, axes: tuple[str, ...], num_heads: int, *kv: Array) -> tuple[Array, ...]:
-    """Keys and values with each head as often as it takes to share them out over `axes` as the query heads are.
-
-    Raises:
-      ConfigError: the query heads do not divide.
-    """
+    """Keys and values with each head as often as it takes to share them out over `axes` as the query heads are."""
     shares, K = share_count(mesh, axes), kv[0].shape[2]
-    if num_heads % shares:
-        raise ConfigError(
-            f"num_heads={num_heads} does not divide over mesh axes {' x '.join(axes)} of {shares} devices; make it a "
-            "multiple, change the mesh, or set context=ring, which needs no heads"
-        )
+    assert num_heads % shares == 0, f"{num_heads} heads over {axes} of {shares} devices are refused by RunConfig"
     G = num_heads // K
     times = next(r for r in range(1, G + 1) if G % r == 0 and K * r % shares == 0)
     return tuple(jnp.repeat(x, times, axis=2) if times > 1 else x for x in kv)
@@ -149,8 +141,8 @@ class Turns:
 
     def __init__(self, mixing: Any, axes: tuple[str, ...], shares: int, balanced: bool):
         self.mixing, self.axes, self.shares = mixing, axes, shares
-        # Two stages of a pipeline need not be at the same place of the program. XLA takes a permutation for one exchange
-        # of all devices, and gets it wrong then, silently; a gathering is one of each group.
+        # Two stages of a pipeline need not be at the same place of the program. XLA takes a permutation for one
+        # exchange of all devices, and gets it wrong then, silently; a gathering is one of each group.
         self.gathers = "pipe" in taken_axes()
         self.chunks = 2 if balanced else 1  # runs of neighbouring tokens that a share has
 

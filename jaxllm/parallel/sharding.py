@@ -1,8 +1,9 @@
 """From rules to devices: the mesh, shardings of named arrays, and the placement of activations."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.shapes import Array, PyTree
-from jaxllm.parallel.collectives import axis_names, by_device, share_count, taken_axes
-from jaxllm.parallel.config import MESH_AXES, Context, Mesh, Ring, Rules
+from jaxllm.parallel.collectives import by_device, share_count, taken_axes
+from jaxllm.parallel.config import MESH_AXES, Context, Mesh, MeshAxes, Ring, Rules, axis_names
 
 BATCH = ("batch", "seq")  # logical axes of a batch array; arrays of one value a row have the first
 
@@ -106,10 +107,7 @@ class Placed:
         return self.mesh.devices.flat[0].platform
 
     def constrain(self, x: Array, axes: tuple[str | None, ...]) -> Array:
-        where = fitting(self.mesh, self.rules, axes, x.shape, f"activation {axes}")
-        if taken_axes():
-            where = NamedSharding(jax.sharding.get_abstract_mesh(), where.spec)
-        return jax.lax.with_sharding_constraint(x, where)
+        return self._laid_out(x, fitting(self.mesh, self.rules, axes, x.shape, f"activation {axes}").spec)
 
     def on_shares(self, fn: Callable, in_axes: tuple[tuple[str | None, ...], ...], out_axes: tuple) -> Callable:
         """`fn` under shard_map over the whole mesh; dimensions of one element are on every device."""
@@ -117,36 +115,65 @@ class Placed:
         def run(*args: Array) -> Array:
             for x, axes in zip(args, in_axes, strict=True):
                 fitting(self.mesh, self.rules, axes, x.shape, f"argument {axes}")
-            return self._by_device(fn, [self.rules.mesh_axes(a) for a in in_axes], self.rules.mesh_axes(out_axes))(*args)
+            specs = [self.rules.mesh_axes(axes) for axes in in_axes]
+            return self._by_device(fn, specs, self.rules.mesh_axes(out_axes))(*args)
 
         return run
 
     def reduces(self, x_axes: tuple[str | None, ...]) -> bool:
         """Whether several devices share the rows of activations with these axes, so that gradients must be summed."""
-        rows = [n for a, m in zip(x_axes, self.rules.mesh_axes(x_axes)) if a in BATCH for n in axis_names(m)]
-        return any(self.mesh.shape[n] > 1 for n in rows)
+        return bool(self._sharing_rows(x_axes))
 
-    def weight_gradient(self, equation: str, x: Array, dy: Array, x_axes: tuple, dy_axes: tuple, w_axes: tuple) -> Array:
+    def weight_gradient(
+        self, equation: str, x: Array, dy: Array, x_axes: tuple, dy_axes: tuple, w_axes: tuple
+    ) -> Array:
         """einsum of activations and a gradient, summed over the devices that share rows, as `gradients` lays it out.
 
-        Mesh axes that share the gradient out scatter what they sum; the others all-reduce what is left.
+        It is computed for the shares that activations have. Mesh axes that are summed over scatter the sum where
+        `gradients` has them next; the others all-reduce what is left. XLA lays out anew what then lies otherwise.
         """
-        xs, dys, ws = self.rules.mesh_axes(x_axes), self.rules.mesh_axes(dy_axes), self.gradients.mesh_axes(w_axes)
-        summed = {n for a, m in zip(x_axes, xs) if a in BATCH for n in axis_names(m) if self.mesh.shape[n] > 1}
+        letters, of_w = equation.split("->")
+        of_x, of_dy = letters.split(",")
+        xs, dys = self._shares(self.rules, x_axes), self._shares(self.rules, dy_axes)
+        wide = {n for axis, names in zip(x_axes, xs) if axis not in BATCH for n in names}
+        dys = [tuple(n for n in names if n not in wide) for names in dys]  # no mesh axis shares out two dimensions
+        held, summed = dict(zip(of_x, xs)) | dict(zip(of_dy, dys)), self._sharing_rows(x_axes)
+        ws = self._shares(self.gradients, w_axes)
+        scattered = [next_axes(held[c], names, summed) for c, names in zip(of_w, ws, strict=True)]
 
         def local(x: Array, dy: Array) -> Array:
             g = jax.numpy.einsum(equation, x, dy)
-            scattered = set()
-            for dim, names in enumerate(map(axis_names, ws)):
+            for dim, names in enumerate(scattered):
                 for n in names:
-                    if n in summed:
-                        for groups in stages(self.mesh, n):
-                            g = jax.lax.psum_scatter(g, n, scatter_dimension=dim, axis_index_groups=groups, tiled=True)
-                        scattered.add(n)
-            rest = tuple(n for n in self.mesh.axis_names if n in summed - scattered)
-            return jax.lax.psum(g, rest) if rest else g
+                    for groups in ring_groups(self.mesh, n):
+                        g = jax.lax.psum_scatter(g, n, scatter_dimension=dim, axis_index_groups=groups, tiled=True)
+            return self._summed(g, summed.difference(*scattered))
 
-        return self._by_device(local, [xs, dys], ws)(x, dy)
+        out = [(*held[c], *names) for c, names in zip(of_w, scattered)]
+        return self._laid_out(self._by_device(local, [xs, dys], out)(x, dy), ws)
+
+    def lookup(self, table_VD: Array, ids_BT: Array, rows: str) -> Array:
+        """Rows of a table; ids beyond it get the last.
+
+        Within the stages of a pipeline it is written down, as the opposite of `table_gradient`: XLA's partitioner ends
+        the process (jax 0.10) over a table whose width is shared out there, if the mesh has a third axis.
+        """
+        if not taken_axes():
+            return jax.numpy.take(table_VD, ids_BT, axis=0, mode="clip")
+        (*tokens, width), own, exchanged = self._table(rows)
+        last = table_VD.shape[0] - 1
+
+        def local(table: Array, ids: Array) -> Array:
+            for n in exchanged:
+                ids = jax.lax.all_gather(ids, n, axis=0, tiled=True)
+            ids = self._own_rows(jax.numpy.clip(ids, 0, last), own, table.shape[0])
+            x = self._summed(jax.numpy.take(table, ids, axis=0, mode="fill", fill_value=0), {*own})
+            for n in reversed(exchanged):
+                x = jax.lax.all_to_all(x, n, split_axis=0, concat_axis=2, tiled=True)
+            return x
+
+        lies = [[own, (*width, *exchanged)], tokens]
+        return self._by_device(local, lies, [*tokens, width])(table_VD, ids_BT)
 
     def table_gradient(self, ids_BT: Array, dx_BTD: Array, size: int, rows: str) -> Array:
         """float32 sums of the gradients of each of `size` rows of a table, as `gradients` lays (rows, embed) out.
@@ -154,35 +181,67 @@ class Placed:
         Mesh axes that share `embed` out exchange their tokens for their part of the width (all-to-all): the whole
         table's gradient never stands on a device.
         """
-        xs, ws = self.rules.mesh_axes((*BATCH, "embed")), self.gradients.mesh_axes((rows, "embed"))
-        summed = {n for m in xs[:2] for n in axis_names(m) if self.mesh.shape[n] > 1}
-        last = size - 1
-        size //= share_count(self.mesh, ws[0])
+        (*tokens, width), own, exchanged = self._table(rows)
+        last, size = size - 1, size // share_count(self.mesh, own)
 
         def local(ids: Array, dx: Array) -> Array:
-            ids, first = jax.numpy.minimum(ids, last), 0
-            for n in axis_names(ws[0]):
-                first = first * self.mesh.shape[n] + jax.lax.axis_index(n)
-            for n in (exchanged := [n for n in axis_names(ws[1]) if n in summed]):
+            ids = jax.numpy.minimum(ids, last)
+            for n in exchanged:
                 dx = jax.lax.all_to_all(dx, n, split_axis=2, concat_axis=0, tiled=True)
                 ids = jax.lax.all_gather(ids, n, axis=0, tiled=True)
-            ids = ids - first * size
-            ids = jax.numpy.where(ids < 0, size, ids)  # rows of other devices are dropped
-            sums = jax.numpy.zeros((size, dx.shape[-1]), "float32").at[ids].add(dx.astype("float32"), mode="drop")
-            rest = tuple(n for n in self.mesh.axis_names if n in summed - set(exchanged))
-            return jax.lax.psum(sums, rest) if rest else sums
+            sums = jax.numpy.zeros((size, dx.shape[-1]), "float32")
+            sums = sums.at[self._own_rows(ids, own, size)].add(dx.astype("float32"), mode="drop")
+            return self._summed(sums, self._sharing_rows(BATCH).difference(exchanged))
 
-        return self._by_device(local, [xs[:2], xs], ws)(ids_BT, dx_BTD)
+        g = self._by_device(local, [tokens, [*tokens, width]], [own, (*width, *exchanged)])(ids_BT, dx_BTD)
+        return self._laid_out(g, self._shares(self.gradients, (rows, "embed")))
 
-    def _by_device(self, fn: Callable, in_specs: list[tuple], out_spec: tuple) -> Callable:
-        return by_device(fn, self.mesh, tuple(PartitionSpec(*spec) for spec in in_specs), PartitionSpec(*out_spec))
+    def _table(self, rows: str) -> tuple[list[tuple[str, ...]], tuple[str, ...], tuple[str, ...]]:
+        """Mesh axes that share out tokens [B, T, D]; rows of a table; and its width, in exchange for tokens."""
+        xs, ws = self._shares(self.rules, (*BATCH, "embed")), self._shares(self.gradients, (rows, "embed"))
+        summed = self._sharing_rows(BATCH)
+        return xs, tuple(n for n in ws[0] if n not in (*summed, *xs[2])), next_axes(xs[2], ws[1], summed)
+
+    def _own_rows(self, ids: Array, own: tuple[str, ...], size: int) -> Array:
+        """Where rows of a table are in a device's own `size` of them; `size` or more for those of others."""
+        first = 0
+        for n in own:
+            first = first * self.mesh.shape[n] + jax.lax.axis_index(n)
+        ids = ids - first * size
+        return jax.numpy.where(ids < 0, size, ids)
+
+    def _shares(self, rules: Rules, axes: tuple[str | None, ...]) -> list[tuple[str, ...]]:
+        """By dimension, the mesh axes of several devices that share it out."""
+        return [tuple(n for n in axis_names(m) if self.mesh.shape[n] > 1) for m in rules.mesh_axes(axes)]
+
+    def _sharing_rows(self, axes: tuple[str | None, ...]) -> set[str]:
+        """Mesh axes of several devices that share out the rows of activations with these axes."""
+        return {n for axis, names in zip(axes, self._shares(self.rules, axes)) if axis in BATCH for n in names}
+
+    def _summed(self, x: Array, axes: set[str]) -> Array:
+        names = tuple(n for n in self.mesh.axis_names if n in axes)
+        return jax.lax.psum(x, names) if names else x
+
+    def _laid_out(self, x: Array, spec: Iterable[MeshAxes]) -> Array:
+        mesh = jax.sharding.get_abstract_mesh() if taken_axes() else self.mesh
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*(s or None for s in spec))))
+
+    def _by_device(self, fn: Callable, in_specs: Sequence[Iterable], out_spec: Iterable) -> Callable:
+        specs = [PartitionSpec(*(s or None for s in spec)) for spec in (*in_specs, out_spec)]
+        return by_device(fn, self.mesh, tuple(specs[:-1]), specs[-1])
 
 
-def stages(mesh: jax.sharding.Mesh, axis: str) -> list[list[list[int]] | None]:
-    """Groups along a mesh axis, stage after stage, in which to reduce-scatter over it; [None] is all at once.
+def next_axes(held: tuple[str, ...], wanted: tuple[str, ...], among: set[str]) -> tuple[str, ...]:
+    """The mesh axes by which a dimension that `held` share out is to be cut on, from `among`, to be as `wanted`."""
+    rest = wanted[len(held) :] if wanted[: len(held)] == held else ()
+    return tuple(itertools.takewhile(among.__contains__, rest))
 
-    libtpu turns a reduce-scatter over a torus of two or three dimensions into an all-reduce when more than 16 chips
-    take part (seen with 0.0.42); one ring dimension after the other it does as asked.
+
+def ring_groups(mesh: jax.sharding.Mesh, axis: str) -> list[list[list[int]] | None]:
+    """Groups along a mesh axis, ring after ring, in which to reduce-scatter over it; [None] is all at once.
+
+    libtpu (0.0.42) turns a reduce-scatter over a torus of two or three dimensions into an all-reduce when more than 16
+    chips take part, and over some of fewer (4x4, 2x2x2); one ring dimension after the other it does as asked.
     """
     n = mesh.shape[axis]
     if n <= RING:
@@ -195,7 +254,7 @@ def stages(mesh: jax.sharding.Mesh, axis: str) -> list[list[list[int]] | None]:
     return [np.moveaxis(ids, k, -1).reshape(-1, size).tolist() for k, size in enumerate(sizes)]
 
 
-RING = 16  # chips that libtpu reduce-scatters over at once
+RING = 4  # chips that libtpu reduce-scatters over at once
 
 
 def rings(coords: list[tuple[int, ...]]) -> tuple[int, ...]:
@@ -211,9 +270,7 @@ def rings(coords: list[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(found) if math.prod(found) == len(coords) else (len(coords),)
 
 
-def placement(
-    mesh: jax.sharding.Mesh, rules: Rules, gradients: Rules = Rules(), context: Context = Ring()
-) -> Placed:
+def placement(mesh: jax.sharding.Mesh, rules: Rules, gradients: Rules = Rules(), context: Context = Ring()) -> Placed:
     """What `core.axes` does inside a step on this mesh.
 
     Args:

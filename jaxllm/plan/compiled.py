@@ -85,7 +85,7 @@ class Proof:
         a = self.account
         named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _APART}
         record = named | {
-            "on": self.on.name, "topology": str(self.on), "chips": self.on.chips, "devices": self.on.devices,
+            "compiled": True, "on": self.on.name, "topology": str(self.on), "chips": self.on.chips, "devices": self.on.devices,
             "devices_per_chip": self.on.chip.devices, "headroom": self.headroom, "ratio": self.ratio,
             "notes": list(self.notes),
             "collective_bytes": a.collective_bytes if a else None,

@@ -30,10 +30,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxllm.core.config import Config, parse
-from jaxllm.core.errors import CheckpointError
+from jaxllm.core.errors import CheckpointError, ConfigError
 from jaxllm.models import layout
 from jaxllm.models.config import DecoderConfig, Model
 from jaxllm.train import distributed
@@ -42,6 +42,8 @@ from jaxllm.train.config import Checkpoints
 FORMAT = 1  # of the folder described above
 
 _CHECKSUMS = "checksums.json"
+_RESIDUAL = "opt/residual/"  # leaves of train.compressed.Fed: of each replica, and only their sum counts
+_APART = "opt/params/"  # leaves of train.outer.Replicas
 _warn = logging.getLogger(__name__).warning
 
 
@@ -227,15 +229,18 @@ def restore(
 
     Each leaf is read straight into the sharding it has in `like` (ShapeDtypeStructs; without one: the first device),
     its layers where `places` has them.
-    A checkpoint that is damaged or does not fit `like` is named to `warn`, and the one before it is tried.
+    A checkpoint that is damaged or does not fit `like` is named to `warn`, and the one before it is tried. What
+    compression has left over, of however many replicas, is given to the first of those in `like`.
 
     Raises:
       CheckpointError: none is usable (each is listed with its reason), or the newest was written by a newer jaxllm.
+      ConfigError: replicas that train apart were more or fewer.
     """
     targets = {name: _placed(leaf) for name, leaf in _named_leaves(like).items()}
     wanted = layout.unstack(targets, model_cfg, places)
-    path, record, _ = _newest(folder, ("params", "state"), lambda record, stored: _misfit(stored, wanted), warn)
-    leaves = _read(path, targets, wanted, model_cfg, places)
+    misfit = lambda record, stored: _misfit(stored, _as_saved(wanted, stored))
+    path, record, stored = _newest(folder, ("params", "state"), misfit, warn)
+    leaves = _read(path, targets, wanted, stored, model_cfg, places)
     return Restored(jax.tree.unflatten(jax.tree.structure(like), leaves.values()), record["meta"], record["step"])
 
 
@@ -272,7 +277,7 @@ def load_params(
 
     path, record, stored = _newest(folder, ("params",), misfit, warn)
     cfg, targets = plan(record, stored)
-    leaves = _read(path, targets, layout.unstack(targets, cfg, places), cfg, places)
+    leaves = _read(path, targets, layout.unstack(targets, cfg, places), stored, cfg, places)
     return Weights({n.removeprefix("params/"): x for n, x in leaves.items()}, cfg, record["meta"], path)
 
 
@@ -396,10 +401,43 @@ def _misfit(
     return f"it does not fit this config: {'; '.join(problems)}" if problems else None
 
 
+def _as_saved(
+    wanted: dict[str, jax.ShapeDtypeStruct], stored: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """`wanted`, but residuals of as many replicas as were saved.
+
+    Raises:
+      ConfigError: replicas that train apart were more or fewer.
+    """
+    found = dict(wanted)
+    for name, x in wanted.items():
+        saved = stored.get(name, x)
+        if saved.shape == x.shape or saved.shape[1:] != x.shape[1:]:
+            continue
+        if name.startswith(_APART):
+            raise ConfigError(
+                f"outer: the run was saved with {saved.shape[0]} replicas, mesh.data={x.shape[0]}; their number is "
+                f"part of the algorithm: set mesh.data to {saved.shape[0]}, or `initial` to the run, for its weights "
+                "alone"
+            )
+        if name.startswith(_RESIDUAL):
+            found[name] = jax.ShapeDtypeStruct(saved.shape, x.dtype, sharding=_whole_along_first(x))
+    return found
+
+
+def _whole_along_first(x: jax.ShapeDtypeStruct) -> Sharding:
+    """Like that of `x`; mesh axes that share its first dimension out share another, if one divides."""
+    rest = layout.layer_sharding(x.sharding, x.shape)
+    if not isinstance(rest, NamedSharding):
+        return rest
+    return NamedSharding(rest.mesh, PartitionSpec(None, *rest.spec), memory_kind=rest.memory_kind)
+
+
 def _read(
     path: Path,
     targets: dict[str, jax.ShapeDtypeStruct],
     wanted: dict[str, jax.ShapeDtypeStruct],
+    stored: dict[str, jax.ShapeDtypeStruct],
     cfg: DecoderConfig,
     places: layout.Places | None,
 ) -> dict[str, jax.Array]:
@@ -407,7 +445,7 @@ def _read(
     import orbax.checkpoint as ocp
 
     logical: dict[str, jax.Array] = {}
-    for item, tree in _items(wanted).items():
+    for item, tree in _items(_as_saved(wanted, stored)).items():
         how = {n: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype) for n, x in tree.items()}
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             arrays = reader.restore(path.absolute() / "arrays" / item, args=ocp.args.PyTreeRestore(restore_args=how))
@@ -416,9 +454,22 @@ def _read(
     leaves = {}
     for name, target in targets.items():
         # Taken out as they are used: beyond the state, the devices hold one stacked leaf twice.
-        parts = [logical.pop(n) for n in layout.logical_names(name, cfg)]
+        names = layout.logical_names(name, cfg)
+        parts = [logical.pop(n) for n in names]
+        if name.startswith(_RESIDUAL):
+            parts = [_given_to_first(x, wanted[n]) for x, n in zip(parts, names)]
         leaves[name] = layout.join(parts, target, layout.has_layers(name, target.shape, cfg, places), places)
     return leaves
+
+
+def _given_to_first(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """What all replicas have left over, summed, as that of the first of those in `like`."""
+    return x if x.shape == like.shape else _giver(like.shape, like.sharding)(x)
+
+
+@functools.cache
+def _giver(shape: tuple[int, ...], sharding: Sharding):
+    return jax.jit(lambda x: jnp.zeros(shape, x.dtype).at[0].set(jnp.sum(x, 0)), out_shardings=sharding)
 
 
 def _logical_on_host(state: Any, cfg: DecoderConfig, places: layout.Places | None) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def places(mesh: jax.sharding.Mesh, gradients: Rules, residual: PyTree, axes: Ax
 
 
 def by_replica(gradients: Callable, where: dict[str, Any], rules: Rules, axes: Axes) -> Callable:
-    """Like `gradients`: (weights, batch, key) -> (gradients, weight, sums), but with an axis of replicas in each gradient.
+    """Like `gradients`: (weights, batch, key) -> (gradients, weight, sums), each gradient with an axis of replicas.
 
     Args:
       where: shardings of the weights.

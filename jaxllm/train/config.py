@@ -1,5 +1,6 @@
 """RunConfig: the whole of a training run in one value. No JAX here."""
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -22,6 +23,8 @@ from jaxllm.parallel.config import (
     Pipeline,
     Ring,
     Sharding,
+    Ulysses,
+    axis_names,
 )
 
 # --- schedules: multiples of the peak learning rate by step -----------------------------------------------------
@@ -318,35 +321,57 @@ class RunConfig(Config):
     def unsupported(self) -> list[str]:
         """Why the parts that the run is put together from cannot work together; empty: they can."""
         found, dropout = self.not_pipelined(self.mesh.pipe), self.model.dropout.attention
-        if dropout and self.mesh.context != 1:
+        if dropout and self.sharing_rows:
+            shared = " ".join(f"mesh.{n}={getattr(self.mesh, n)}" for n in self.sharing_rows)
             found.append(
-                f"model.dropout.attention={dropout} with mesh.context={self.mesh.context}: no device has a whole row of "
-                "attention probabilities to draw from; set model.dropout.attention to 0 or mesh.context to 1"
+                f"model.dropout.attention={dropout} with {shared}: no device has a whole row of attention "
+                "probabilities to draw from; set model.dropout.attention to 0, or have no two devices share a row"
             )
+        if isinstance(self.context, Ulysses) and self.sharing_rows:
+            found += self._not_exchanged()
         if self.outer is not None and self.compression is not None:
             found.append(
-                f"outer={self.outer.kind} with compression: no gradient crosses mesh axis data where replicas train apart; "
-                "set one of them to null"
+                f"outer={self.outer.kind} with compression: no gradient crosses mesh axis data where replicas train "
+                "apart; set one of them to null"
             )
         if self.outer is not None and (self.offload.optimizer or self.offload.parameters):
             found.append(
-                f"outer={self.outer.kind} with offload: what waits in host memory is fetched for all replicas at once, and "
-                "they train apart; set offload.optimizer and offload.parameters to false"
+                f"outer={self.outer.kind} with offload: what waits in host memory is fetched for all replicas at once, "
+                "and they train apart; set offload.optimizer and offload.parameters to false"
             )
         for name, part in (("outer", self.outer), ("compression", self.compression)):
             if part is not None:
                 found += self.not_replicated(f"{name}={part.kind}", part)
         return found
 
+    @property
+    def sharing_rows(self) -> tuple[str, ...]:
+        """Mesh axes of several devices, as far as their sizes are known, that share each row out."""
+        return tuple(n for n in axis_names(self.sharding.activations.seq) if getattr(self.mesh, n) > 1)
+
+    def _not_exchanged(self) -> list[str]:
+        """Why attention cannot exchange shares of rows for shares of heads."""
+        flow = self.sharding.activations
+        over = [n for n in (*axis_names(flow.heads), *axis_names(flow.seq)) if getattr(self.mesh, n) != 1]
+        sizes = [getattr(self.mesh, n) for n in over]
+        return [
+            f"num_heads={heads} does not divide over mesh axes {' x '.join(over)} of {math.prod(sizes)} devices; make "
+            "it a multiple, change the mesh, or set context to ring, which needs no heads"
+            for heads in dict.fromkeys(block.attention.num_heads for block in self.model.blocks)
+            if -1 not in sizes and heads % math.prod(sizes)
+        ]
+
     def not_replicated(self, asked: str, part: LocalSGD | DiLoCo | Int8) -> list[str]:
         """Why the shares of mesh axis data cannot be replicas that differ, as `part` has them."""
         found, rules = [], self.sharding
         if self.mesh.data == 1 and not isinstance(part, DiLoCo):  # that of one replica is Lookahead, with momentum
-            found.append(f"{asked} with mesh.data=1: one replica has nobody to exchange with; raise mesh.data or drop it")
+            found.append(
+                f"{asked} with mesh.data=1: one replica has nobody to exchange with; raise mesh.data or drop it"
+            )
         for name in ("parameters", "gradients", "optimizer", "activations"):
             for field, axes in getattr(rules, name):
                 may = field == "replicas" or (name, field) == ("activations", "batch")
-                if not may and "data" in ((axes,) if isinstance(axes, str) else axes or ()):
+                if not may and "data" in axis_names(axes):
                     found.append(
                         f"{asked} with sharding.{name}.{field}={axes}: mesh axis data counts replicas, each with "
                         f"{name} of its own; share {field} out over other axes"
@@ -365,32 +390,42 @@ class RunConfig(Config):
             )
         if tail := model.num_layers % len(model.blocks):
             found.append(
-                f"{mesh} with {model.num_layers} layers in a pattern of {len(model.blocks)}: {tail} would be left over; "
-                "make model.num_layers a multiple of the pattern"
+                f"{mesh} with {model.num_layers} layers in a pattern of {len(model.blocks)}: {tail} would be left "
+                "over; make model.num_layers a multiple of the pattern"
             )
         try:
             self.pipeline.groups(devices, model.num_groups)
         except ConfigError as e:
             found.append(str(e))
-        if self.remat == "offload":
-            found.append(f"{mesh} with remat=offload: a stage keeps its input alone; set remat to save_attention")
+        if self.remat == "offload" or getattr(self.remat, "host", ()):
+            asked = self.remat if isinstance(self.remat, str) else f"{{host: [{', '.join(self.remat.host)}]}}"
+            found.append(
+                f"{mesh} with remat={asked}: what a stage keeps waits on its device; set remat to save_attention, or "
+                "to a list of names"
+            )
         for part in ("outer", "compression"):
             if getattr(self, part) is not None:
                 found.append(
-                    f"{mesh} with {part}: replicas that differ are mapped over mesh axis data, and what is mapped cannot "
-                    f"be cut into stages; set {part} to null"
+                    f"{mesh} with {part}: replicas that differ are mapped over mesh axis data, and what is mapped "
+                    f"cannot be cut into stages; set {part} to null"
                 )
         if self.offload.optimizer or self.offload.parameters:
             found.append(
-                f"{mesh} with offload: it visits one group of layers after the other, and they are spread over devices; "
-                "set offload.optimizer and offload.parameters to false"
+                f"{mesh} with offload: it visits one group of layers after the other, and they are spread over "
+                "devices; set offload.optimizer and offload.parameters to false"
             )
         for name in ("parameters", "gradients", "optimizer", "activations"):
             for field, axes in getattr(self.sharding, name):
-                here = axes == "pipe" if isinstance(axes, str) else "pipe" in (axes or ())
-                if here != (field == "layers") and (name, field) != ("activations", "layers"):
+                if ("pipe" in axis_names(axes)) != (field == "layers") and (name, field) != ("activations", "layers"):
                     found.append(f"{mesh} is for layers and nothing else: sharding.{name}.{field}={axes}")
-        return found + (self._not_sliced() if getattr(self.pipeline.schedule, "slices", 1) > 1 else [])
+                flow = getattr(self.sharding.activations, field)
+                mine, theirs = ([n for n in axis_names(a) if getattr(self.mesh, n) != 1] for a in (axes, flow))
+                if name != "optimizer" and any(a != b for a, b in zip(mine, theirs)):
+                    found.append(
+                        f"{mesh} with sharding.{name}.{field}={axes}: stages can gather shares but not swap them; set "
+                        f"it to the axes of sharding.activations.{field}={flow}, and others after them"
+                    )
+        return found + (self._not_sliced() if self.pipeline.slices > 1 else [])
 
     def _not_sliced(self) -> list[str]:
         """Why rows cannot go through a pipeline in slices of tokens."""
@@ -399,7 +434,7 @@ class RunConfig(Config):
                 block.attention.mask.causal for block in self.model.blocks
             ),
             "dropout is drawn for whole rows; set model.dropout to 0": any(self.model.dropout.model_dump().values()),
-            "mesh.context cuts rows too; set it to 1": self.mesh.context != 1,
+            f"mesh axis {' x '.join(self.sharing_rows)} cuts rows too; set it to 1": self.sharing_rows,
             "they keep their inputs alone; set pipeline.recompute to true": not self.pipeline.recompute,
         }
         return [f"pipeline.schedule.slices: {why}, or slices to 1" for why, holds in reasons.items() if holds]

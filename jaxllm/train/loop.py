@@ -144,7 +144,7 @@ def check_initial(cfg: RunConfig) -> None:
 
 
 def initial_weights(setup: Setup) -> Params:
-    """The weights of the model that `check_initial` passed, in their shards, with rows for the vocabulary of this run."""
+    """The weights of the model that `check_initial` passed, in their shards; rows are added for this vocabulary."""
     cfg, where = setup.cfg, jax.tree.map(lambda x: x.sharding, setup.state.params)
     stored = stored_model(Path(cfg.initial))
     if stored.vocab == cfg.model.vocab:
@@ -321,16 +321,16 @@ class Loop:
         loss = sums["loss"][0] / max(sums["loss"][1], 1.0)
         self.speed = self.meter.tick(self.cfg.batch_rows(k)[1] * self.length, waited)
         p.batch = k + 1
-        if sums["nonfinite"][0]:
+        lost, replicas = map(int, sums["nonfinite"])
+        if lost and self.cfg.precision.kind != "float16":  # there an overflow is how the scale is found
+            whose = f" in {lost} of {replicas} replicas" if replicas > 1 else ""
+            done = "the step is skipped" if skips(self.cfg) else "it is applied all the same (skip_nonfinite: false)"
+            self.sinks.event(
+                "nonfinite", f"step {step}: loss or gradients are not finite{whose}; {done}", step=step, batch=k
+            )
+        if lost == replicas:
             p.skipped += skips(self.cfg)
             p.nonfinite_in_a_row += 1
-            if self.cfg.precision.kind != "float16":  # there an overflow is how the scale is found
-                done = (
-                    "the step is skipped" if skips(self.cfg) else "it is applied all the same (skip_nonfinite: false)"
-                )
-                self.sinks.event(
-                    "nonfinite", f"step {step}: loss or gradients are not finite; {done}", step=step, batch=k
-                )
             if p.nonfinite_in_a_row > stability.max_skipped:
                 raise UserError(
                     f"step {step}: {p.nonfinite_in_a_row} steps in a row were not finite (stability.max_skipped); "

@@ -1,9 +1,9 @@
 """Optimizer state and master weights that wait in pinned host memory and come to the device a layer group at a time.
 
 The memory of ZeRO-Offload (Ren et al. 2021, arXiv:2101.06840), with the update computed on the device: it costs one
-trip over the host's bus there and back a step, whatever the batch. Between steps the device holds nothing of what waits;
-in the update it holds one group's share. Every optimizer here updates a layer as if it stood alone (`optimizers`), so
-the numbers are those of an update of everything at once.
+trip over the host's bus there and back a step, whatever the batch. Between steps the device holds nothing of what
+waits; in the update it holds one group's share. Every optimizer here updates a layer as if it stood alone
+(`optimizers`), so the numbers are those of an update of everything at once.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.core.shapes import Array, Bool, Float, Int, PyTree
-from jaxllm.models.layout import layer_sharding
+from jaxllm.models.layout import is_stacked, layer_sharding
 from jaxllm.models.module import Axes, Params
 from jaxllm.parallel.config import Offload
 
@@ -36,12 +36,12 @@ def places(cfg: Offload, params: dict[str, Any], opt: PyTree, opt_axes: PyTree) 
 
 def copies(params: Params, cast: Callable[[Params], Params], where: dict[str, Any]) -> Params:
     """`cast` of weights that wait on the host, on the device, made group by group; `where` has their shardings."""
-    one_by_one = {n: cast(jax.device_put(x, _here(where[n]))) for n, x in params.items() if not _stacked(n)}
-    stacked = {n: x for n, x in params.items() if _stacked(n)}
+    one_by_one = {n: cast(jax.device_put(x, _here(where[n]))) for n, x in params.items() if not is_stacked(n)}
+    stacked = {n: x for n, x in params.items() if is_stacked(n)}
     here = {n: layer_sharding(_here(where[n])) for n in stacked}
     _, made = jax.lax.scan(lambda _, group: (None, cast(jax.device_put(group, here))), None, stacked)
     made = jax.lax.with_sharding_constraint(made, {n: _here(where[n]) for n in stacked})
-    return {n: (made if _stacked(n) else one_by_one)[n] for n in params}
+    return {n: (made if is_stacked(n) else one_by_one)[n] for n in params}
 
 
 def update(
@@ -65,8 +65,8 @@ def update(
     at = where[0] | dict(zip(paths, jax.tree.leaves(where[1]), strict=True))
 
     def visits(names: list[str], count: Int[Array, ""] | int) -> dict[str, Array]:
-        """Weights that lie alone, or are stacked alike, and their state, after one visit of each group to the device."""
-        alone = not _stacked(names[0])
+        """Weights that lie alone, or are stacked alike, and their state, after one visit of each group."""
+        alone = not is_stacked(names[0])
         tx = build({n: axes[n] for n in names})
         mine, _, form = _flat(jax.eval_shape(tx.init, {n: params[n] for n in names}))
         moves = [*names, *(p for p in mine if any(f"['{n}']" in p for n in names))]
@@ -99,9 +99,9 @@ def update(
     once = jnp.int32(1) if wanted is True else jnp.where(wanted, 1, 0)
     done = dict(state)
     for name in params:
-        if not _stacked(name):
+        if not is_stacked(name):
             done |= visits([name], once)
-    if stacked := [n for n in params if _stacked(n)]:
+    if stacked := [n for n in params if is_stacked(n)]:
         done |= visits(stacked, params[stacked[0]].shape[0])
     return {n: done[n] for n in params}, jax.tree.unflatten(structure, [done[p] for p in paths])
 
@@ -109,10 +109,6 @@ def update(
 def _here(where: Any) -> Any:
     """The same place in the device's memory."""
     return where.with_memory_kind(DEVICE)
-
-
-def _stacked(name: str) -> bool:
-    return name.startswith("blocks.")
 
 
 def _flat(tree: PyTree) -> tuple[list[str], list[Any], Any]:

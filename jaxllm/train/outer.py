@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxllm.core.shapes import PyTree
+from jaxllm.core.shapes import Array, PyTree
 from jaxllm.models.module import Axes, Params
 from jaxllm.parallel.config import DiLoCo, Outer, Rules, Sharding
 from jaxllm.parallel.sharding import sharding, shardings
 from jaxllm.train import replicas
+
+MEETING = "outer_meeting"  # name, in the compiled program, of the choice whether replicas meet
 
 
 class Replicas(NamedTuple):
@@ -89,13 +91,23 @@ def make_step(
         mapped = replicas.over(step, in_axes=(each, 0, 0), out_axes=(each, 0))
         apart, sums = mapped(apart, replicas.rows(batch, mesh, rules), jnp.arange(count))
         due = (apart.step % cfg.every == 0) | (apart.step == last)
-        params, copies, velocity = jax.lax.cond(
-            due, meet, lambda *same: same, state.params, apart.params, state.opt.velocity
-        )
-        state = apart._replace(params=params, opt=Replicas(copies, apart.opt, velocity))
-        return state, jax.tree.map(lambda x: jnp.sum(x, 0), sums)
+        with jax.named_scope(MEETING):
+            params, copies, velocity = jax.lax.cond(
+                due, meet, lambda *same: same, state.params, apart.params, state.opt.velocity
+            )
+        return apart._replace(params=params, opt=Replicas(copies, apart.opt, velocity)), summed(sums)
 
     return outer_step
+
+
+def summed(sums: dict[str, tuple[Array, Array]]) -> dict[str, tuple[Array, Array]]:
+    """Metric sums over the replicas whose step was finite, or over all if none was; `nonfinite` is over all."""
+    finite = sums["nonfinite"][0] == 0
+    counted = finite | ~jnp.any(finite)
+    return {
+        name: tuple(jnp.sum(x if name == "nonfinite" else jnp.where(counted, x, 0)) for x in pair)
+        for name, pair in sums.items()
+    }
 
 
 def outer_update(cfg: Outer, anchor: Params, mean: Params, velocity: Params) -> tuple[Params, Params]:

@@ -16,7 +16,7 @@ from jaxllm.core.shapes import Array, Float, Int, Key, PyTree
 from jaxllm.models.decoder import Decoder, row_tokens
 from jaxllm.models.layers.attention import KV, Tokens
 from jaxllm.models.layers.block import Layer
-from jaxllm.models.layout import Places
+from jaxllm.models.layout import Places, is_stacked
 from jaxllm.models.module import Params, merge
 from jaxllm.parallel.pipeline import forward_only, instructions, table
 from jaxllm.parallel.pipelined import AXIS, Model, Stages, backpropagate, evaluate
@@ -26,17 +26,9 @@ Batch = dict[str, Array]
 Sums = dict[str, tuple[Array, Array]]
 
 
-def places(cfg: RunConfig, devices: int) -> Places | None:
-    """The layer group at each place of a stack, for so many devices along `pipe`; None: one after another.
-
-    Raises:
-      ConfigError: the run cannot be pipelined over them.
-    """
-    if devices == 1:
-        return None
-    if problems := cfg.not_pipelined(devices):
-        raise ConfigError("; ".join(problems))
-    return stages(cfg, devices).order(devices)
+def stack_order(cfg: RunConfig, devices: int) -> Places | None:
+    """The layer group at each place of a stack, for so many devices along `pipe`; None: one after another."""
+    return None if devices == 1 else stages(cfg, devices).order(devices)
 
 
 def stages(cfg: RunConfig, devices: int) -> Stages:
@@ -55,7 +47,7 @@ def gradients(setup, state, batch: Batch, key: Key[Array, ""] | None) -> tuple[P
     specs = {name: PartitionSpec(*spec[1:]) if is_stacked(name) else spec for name, spec in specs.items()}
     work = Work(micro, keys, scale / size)
     done = backpropagate(
-        cut(setup, work, getattr(cfg.pipeline.schedule, "slices", 1)), stages(cfg, devices), program, setup.mesh,
+        cut(setup, work, cfg.pipeline.slices), stages(cfg, devices), program, setup.mesh,
         *halves(setup.policy.cast(state.params)), work, halves(specs), unroll=not cfg.scan,
     )  # fmt: skip
     grads = {name: (done.shared | done.layers)[name] * size for name in state.params}
@@ -82,8 +74,14 @@ def microbatches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch)
 
 
-def is_stacked(name: str) -> bool:
-    return name.startswith("blocks.")
+def slice_size(length: int, slices: int) -> int:
+    """Tokens of a slice of a row. Raises ConfigError if rows do not divide into slices."""
+    if length % slices:
+        raise ConfigError(
+            f"rows of {length} tokens do not divide into pipeline.schedule.slices={slices}; take lengths that are "
+            "multiples of it, or other slices"
+        )
+    return length // slices
 
 
 def halves(params: dict[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
@@ -139,16 +137,10 @@ class Head:
 
 
 def cut(setup, work: Work, slices: int = 1) -> Model:
-    """The decoder for stages, in units of slices of a microbatch.
-
-    Raises:
-      ConfigError: rows do not divide into slices.
-    """
+    """The decoder for stages, in units of slices of a microbatch."""
     cfg, placeholders = setup.cfg.model, setup.state.params
     rows, length = work.rows["tokens"].shape[1:]
-    if length % slices:
-        raise ConfigError(f"rows of {length} tokens do not divide into pipeline.schedule.slices={slices}")
-    size = length // slices
+    size = slice_size(length, slices)
 
     def decoder(params: Params) -> Decoder:
         return merge(setup.graphdef, placeholders | params)

@@ -1,4 +1,4 @@
-"""Copies of the weights (or of their gradients) that differ: each array has an axis more, shared out over mesh axis data.
+"""Copies of the weights (or of their gradients) that differ: each array has an axis more, over mesh axis data.
 
 The axis `replicas` stands after `layers`, else first, so that checkpoints find the layers where they look for them. A
 step of one replica, mapped over that axis, is the step of all of them, with no word between them.
@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.core.shapes import Array
-from jaxllm.parallel.collectives import axis_names
-from jaxllm.parallel.config import Rules
+from jaxllm.parallel.config import Rules, axis_names
 from jaxllm.parallel.sharding import batch_shardings
 
 AXIS = "data"  # mesh axis that counts replicas

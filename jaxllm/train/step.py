@@ -19,7 +19,16 @@ from jaxllm.objectives.next_token import Loss, next_token
 from jaxllm.parallel.collectives import share_count
 from jaxllm.parallel.config import Context, Ring
 from jaxllm.parallel.context import zigzag
-from jaxllm.parallel.sharding import Placed, batch_shardings, make_mesh, placed, placement, sharding, shardings
+from jaxllm.parallel.sharding import (
+    Placed,
+    batch_shardings,
+    fitting,
+    make_mesh,
+    placed,
+    placement,
+    sharding,
+    shardings,
+)
 from jaxllm.train import compressed, offload, optimizers, outer, pipelined, replicas
 from jaxllm.train.config import RunConfig
 from jaxllm.train.precision import LossScale, Policy, adjust, init_scale, policy
@@ -64,7 +73,7 @@ def set_up(cfg: RunConfig, devices: list[jax.Device] | None = None) -> Setup:
     if reasons := cfg.model_copy(update={"mesh": cfg.mesh.resolve(mesh.size)}).unsupported():
         raise ConfigError("; ".join(reasons))
     cfg = cfg.model_copy(update={"context": balanced(cfg, mesh)})
-    places = pipelined.places(cfg, mesh.shape["pipe"])
+    places = pipelined.stack_order(cfg, mesh.shape["pipe"])
     graphdef, shapes, axes = abstract(cfg.model, scan=cfg.scan, remat=cfg.remat, places=places)
     schedule = learning_rate(cfg.schedule, cfg.optimizer.learning_rate, cfg.steps)
     tx = optimizers.build(cfg.optimizer, schedule, axes)
@@ -126,7 +135,8 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
     step = functools.partial(train_step, setup)
     if cfg.outer is not None:
         alone = functools.partial(train_step, within_replica(setup))
-        step = outer.make_step(cfg.outer, cfg.steps, alone, setup.state, cfg.sharding.activations, setup.axes, setup.opt_axes)
+        rules = cfg.sharding.activations
+        step = outer.make_step(cfg.outer, cfg.steps, alone, setup.state, rules, setup.axes, setup.opt_axes)
     where = jax.tree.map(lambda x: x.sharding, setup.state)
     return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
 
@@ -220,7 +230,7 @@ def gradients(setup: Setup, state: TrainState, batch: Batch, key: Key[Array, ""]
     """Gradients of the summed loss (times the loss scale) and the batch's weight, both in a unit of their own, and the
     metric sums.
 
-    Gradients are float32 where they are sums over microbatches, else of the type of the weights. The batch is cut into `accumulate` microbatches, each of which has its share of every device's rows.
+    Gradients are float32 where they are sums over microbatches, else of the type of the weights.
     """
     cfg = setup.cfg
     if setup.places is not None:
@@ -245,7 +255,7 @@ def gradients(setup: Setup, state: TrainState, batch: Batch, key: Key[Array, ""]
         return one(state.params, batch, key)
 
     n = cfg.accumulate
-    micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1), batch)
+    micro = pipelined.microbatches(batch, n)
 
     def add(total, indexed):
         i, batch = indexed
@@ -359,5 +369,10 @@ def abstract_batch(setup: Setup, rows: int, length: int) -> dict[str, jax.ShapeD
 
 def check_batches(setup: Setup, length: int) -> None:
     """Raises ConfigError if a batch of the run does not divide over the mesh: now rather than at step 10,000."""
-    for rows in setup.cfg.ramp_sizes():
-        abstract_batch(setup, rows // setup.cfg.accumulate, length)
+    cfg = setup.cfg
+    at_once = length if setup.places is None else pipelined.slice_size(length, cfg.pipeline.slices)
+    for rows in cfg.ramp_sizes():
+        micro = rows // cfg.accumulate
+        abstract_batch(setup, micro, length)
+        rules, stream = cfg.sharding.activations, ("batch", "norm_seq")
+        fitting(setup.mesh, rules, stream, (micro, at_once), "residual stream")

@@ -5,11 +5,13 @@ import importlib.metadata
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 from jaxllm import bench, cli
-from jaxllm.bench import train
+from jaxllm.bench import plan, train
+from jaxllm.core.errors import UserError
 
 
 @pytest.fixture
@@ -48,6 +50,70 @@ def test_a_file_that_cannot_be_written_is_told_before_measuring(measured, tmp_pa
         assert cli.main(["bench", "constant", "--json", str(path)]) == 2
         assert f"--json {path} cannot be written" in capsys.readouterr().err
     assert not measured
+
+
+def test_a_measurement_that_fails_leaves_no_file(measured, tmp_path, monkeypatch):
+    def fails(rounds):
+        raise UserError("cannot be measured")
+
+    monkeypatch.setattr(sys.modules["jaxllm.bench.constant"], "measure", fails)
+    with pytest.raises(UserError):
+        bench.run("constant", file=tmp_path / "result.json")
+    assert not (tmp_path / "result.json").exists()
+
+
+# --- MaxText ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sides(monkeypatch) -> list[tuple[str, str]]:
+    """The (case, side) pairs that are compiled: ours twice as good, and `bad` not at all."""
+    seen = []
+
+    def compiled(python: str, side: str, case: str, file: Path) -> dict:
+        seen.append((case, side))
+        if python == side or python == "neither" or (python, case) == ("some", "bad"):
+            raise UserError(f"{side} of {case} did not compile")
+        return {figure: 1.0 + (side == "maxtext") for figure in plan.LIMITS}
+
+    monkeypatch.setattr(plan, "CASES", {"bad": None, "good": None})
+    monkeypatch.setattr(plan, "_compiled", compiled)
+    monkeypatch.setattr(plan.shutil, "which", lambda python: python)
+    return seen
+
+
+def test_a_case_that_does_not_compile_is_written_and_counts_as_failed(sides, tmp_path):
+    assert bench.run("plan", peer="maxtext", python="all")["ratio"] == 2 * min(plan.LIMITS.values())
+    result = bench.run("plan", file=tmp_path / "result.json", peer="maxtext", python="some")
+    assert result["cases"]["bad"] == {"error": "maxtext of bad did not compile"}
+    assert result["cases"]["good"]["ours"] and result["worst"]["good"] > 1
+    assert result["ratio"] == 0 and "0 for a case that does not compile" in result["unit"]
+    assert json.loads((tmp_path / "result.json").read_text())["cases"] == result["cases"]
+
+
+@pytest.mark.parametrize("python", ["neither", "maxtext"])
+def test_if_no_case_compiles_there_is_nothing_to_write(sides, tmp_path, python):
+    with pytest.raises(UserError, match="maxtext of bad did not compile"):
+        bench.run("plan", file=tmp_path / "result.json", peer="maxtext", python=python)
+    assert not (tmp_path / "result.json").exists()
+    assert {side for _, side in sides} == {"maxtext"}  # ours, which takes minutes, was not compiled in vain
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (
+            ["--peer", "maxtext", "--peer-python", "/nonexistent"],
+            "--peer-python /nonexistent is no program; name a Python",
+        ),
+        (["--peer", ""], "no peer ''; known: maxtext"),
+        (["--peer", "torchtitan"], "no peer 'torchtitan'; known: maxtext"),
+    ],
+)
+def test_a_peer_that_is_not_there_is_one_message(argv, told, capsys):
+    assert cli.main(["bench", "plan", *argv]) == 2
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1
 
 
 def test_the_versions_of_a_training_measurement_name_torch(monkeypatch):

@@ -9,8 +9,8 @@ import pytest
 
 from jaxllm.core.axes import placed_by
 from jaxllm.models.layers.linear import linear, lookup
-from jaxllm.parallel.config import ACTIVATIONS, Mesh, Sharding
-from jaxllm.parallel.sharding import make_mesh, placement, rings, sharding, stages
+from jaxllm.parallel.config import Mesh, Sharding
+from jaxllm.parallel.sharding import make_mesh, placement, ring_groups, rings, sharding
 
 B, T, D, F, V = 8, 8, 16, 24, 32
 MESHES = [
@@ -19,7 +19,7 @@ MESHES = [
 NAMES = ["-".join(f"{a}{n}" for a, n in mesh.items()) for mesh in MESHES]
 
 
-def run(cfg: dict | None, preset: str = "zero3"):
+def run(cfg: dict | None, rules: str | dict = "zero3"):
     """Gradients of a lookup and two products on a mesh (None: one device), and the compiled program."""
     keys = jax.random.split(jax.random.key(0), 3)
     params = {
@@ -30,11 +30,11 @@ def run(cfg: dict | None, preset: str = "zero3"):
     ids = np.random.default_rng(0).integers(0, V + 3, (B, T), dtype=np.int32)  # some beyond the table
     place = gradients = None
     if cfg is not None:
-        mesh, rules = make_mesh(Mesh(**cfg)), Sharding.model_validate(preset)
-        place = placement(mesh, ACTIVATIONS, rules.gradients)
+        mesh, rules = make_mesh(Mesh(**cfg)), Sharding.model_validate(rules)
+        place = placement(mesh, rules.activations, rules.gradients)
         gradients = {k: sharding(mesh, rules.gradients, a) for k, a in axes.items()}
         params = {k: jax.device_put(x, sharding(mesh, rules.parameters, axes[k])) for k, x in params.items()}
-        ids = jax.device_put(ids, sharding(mesh, ACTIVATIONS, ("batch", "seq")))
+        ids = jax.device_put(ids, sharding(mesh, rules.activations, ("batch", "seq")))
 
     def loss(params, ids):
         with placed_by(place):
@@ -48,12 +48,38 @@ def run(cfg: dict | None, preset: str = "zero3"):
     return step(params, ids), step.as_text()
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=NAMES)
-def test_gradients_on_a_mesh_are_those_of_one_device(mesh):
+def assert_gradients_of_one_device(*args) -> None:
     expected, _ = run(None)
-    got, _ = run(mesh)
+    got, _ = run(*args)
     for name, x in expected.items():
         np.testing.assert_allclose(got[name], x, rtol=1e-5, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=NAMES)
+def test_gradients_on_a_mesh_are_those_of_one_device(mesh):
+    assert_gradients_of_one_device(mesh)
+
+
+def everywhere(**axes) -> dict:
+    return dict.fromkeys(("parameters", "gradients", "optimizer"), axes)
+
+
+LAYOUTS = {
+    "mlp over fsdp, then tensor": ({"fsdp": 2, "tensor": 2}, everywhere(embed=None, mlp=("fsdp", "tensor"))),
+    "mlp over tensor, then fsdp": ({"fsdp": 2, "tensor": 2}, everywhere(embed=None, mlp=("tensor", "fsdp"))),
+    "embed over tensor": ({"fsdp": 2, "tensor": 2}, everywhere(embed="tensor", vocab="fsdp", mlp="fsdp")),
+    "vocab over fsdp": ({"fsdp": 4}, everywhere(embed=None, vocab="fsdp")),
+    "gradients whole": ({"fsdp": 2, "tensor": 2}, {"gradients": {"mlp": None}}),
+    "activations whole": ({"fsdp": 2, "tensor": 2}, {"activations": {"mlp": None}}),
+    "activations over one axis twice": ({"fsdp": 2, "tensor": 2}, {"activations": {"embed": "tensor"}}),
+    "rows whole over context": ({"fsdp": 2, "context": 2}, {"activations": {"seq": None, "norm_seq": None}}),
+    "rows whole over fsdp": ({"data": 2, "fsdp": 2}, {"activations": {"batch": "data"}}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_may_lie_otherwise_than_what_they_are_computed_from(layout):
+    assert_gradients_of_one_device(*LAYOUTS[layout])
 
 
 def test_gradients_that_are_shared_out_leave_by_reduce_scatter():
@@ -83,6 +109,14 @@ def test_a_torus_is_reduced_ring_after_ring_of_at_most_sixteen(shape, expected):
     assert rings(list(np.ndindex(*shape))) == expected
 
 
+def test_what_is_reduced_ring_after_ring_is_the_sum_of_all(monkeypatch):
+    monkeypatch.setattr("jaxllm.parallel.sharding.RING", 2)
+    monkeypatch.setattr("jaxllm.parallel.sharding.rings", lambda coords: (2, 2))  # as if the four were a square
+    assert ring_groups(make_mesh(Mesh(fsdp=4)), "fsdp") == [[[0, 2], [1, 3]], [[0, 1], [2, 3]]]
+    assert_gradients_of_one_device({"fsdp": 4})
+    assert len(re.findall(r" reduce-scatter\(", run({"fsdp": 4})[1])) == 4
+
+
 def test_devices_in_a_line_are_reduced_at_once():
-    assert stages(make_mesh(Mesh(fsdp=4)), "fsdp") == [None]
+    assert ring_groups(make_mesh(Mesh(fsdp=4)), "fsdp") == [None]
     assert rings([(i,) for i in range(64)]) == (64,)

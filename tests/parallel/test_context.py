@@ -165,12 +165,6 @@ def test_rows_that_zigzag_cannot_cut_are_refused():
         zigzag(20, 4)
 
 
-def test_heads_that_ulysses_cannot_share_out_are_refused():
-    mixing, tokens = Mixing(Attention(num_heads=6), 0.5, alibi=False), packed_tokens()
-    with pytest.raises(ConfigError, match=r"num_heads=6 does not divide over mesh axes tensor x context of 4 devices"):
-        spread(mesh_of(context=4), ACTIVATIONS, Ulysses())(mixing, *[jnp.ones((B, T, 6, H))] * 3, tokens, tokens)
-
-
 @functools.cache
 def decoder_gradient(remat):
     """The jaxpr of a gradient of a two-layer decoder whose rows 4 devices share."""

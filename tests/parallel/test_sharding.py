@@ -8,7 +8,7 @@ import pytest
 from jaxllm.core.axes import constrain, placed_by
 from jaxllm.core.config import dump, parse
 from jaxllm.core.errors import ConfigError
-from jaxllm.parallel.config import ACTIVATIONS, FSDP, TENSOR, Mesh, Rules, Sharding
+from jaxllm.parallel.config import ACTIVATIONS, FSDP, MESH_AXES, TENSOR, Mesh, Rules, Sharding
 from jaxllm.parallel.sharding import fitting, make_mesh, placement, sharding
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +33,12 @@ def test_a_mesh_axis_that_does_not_exist_is_refused_when_the_config_is_read():
         ConfigError, match="activations.seq: no mesh axis 'tensr'; known: data, pipe, fsdp, expert, context, tensor"
     ):
         parse(Sharding, {"activations": {"seq": "tensr"}})
+
+
+def test_positions_lie_on_mesh_axes_in_their_order():
+    assert Rules(seq=("fsdp", "context")).mesh_axes(("seq",)) == (("fsdp", "context"),)
+    with pytest.raises(ConfigError, match=r"seq: .* in their order: \['fsdp', 'context'\], got \['context', 'fsdp'\]"):
+        parse(Sharding, {"activations": {"seq": ["context", "fsdp"]}})
 
 
 @pytest.mark.parametrize(
@@ -106,7 +112,8 @@ def test_activations_are_placed_only_inside_a_run():
 
 
 def test_models_name_no_mesh_axis():
-    named = re.compile(r"""["'](data|fsdp|tensor)["']""")
+    axes = [axis for axis in MESH_AXES if axis != "context"]  # also the model's longest row
+    named = re.compile(rf"""["']({"|".join(axes)})["']""")
     for file in (ROOT / "jaxllm" / "models").rglob("*.py"):
         assert not named.search(file.read_text()), file
 

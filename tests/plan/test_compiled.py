@@ -61,6 +61,14 @@ def test_full_recomputation_adds_a_forward_pass_of_the_layers():
     assert 0.7 * (forward - head) < extra <= forward - head  # what nothing needs is not made again
 
 
+def test_what_is_kept_costs_memory_and_spares_products():
+    """From the policy that keeps nothing to that which keeps everything."""
+    policies = [proof("mesh.fsdp=4", f"remat={r}") for r in ("full", "save_attention", "[q, k, v, attention, residual]", "none")]
+    kept, flops = [p.temporary_bytes for p in policies], [p.hardware_flops for p in policies]
+    assert kept == sorted(kept) and kept[0] < 0.8 * kept[-1]
+    assert flops == sorted(flops, reverse=True) and flops[0] > 1.1 * flops[-1]
+
+
 def test_shared_out_parameters_are_gathered_twice_and_their_gradients_scattered_once():
     p, counted = proof("mesh.fsdp=4"), parts(run_config().model)
     layers = sum(n for name, n in counted.items() if name.startswith("layers"))
@@ -196,12 +204,13 @@ def test_attention_kernels_are_counted_by_the_products_they_do():
     model = run_config(context=1024).model
     pairs = 2 * 8 * 1024 * 1024 * 0.75 * 128 * 2  # of the four blocks of 512 a causal mask needs three
     blocks = r"block_q\": 512, \"block_kv\": 512, \"block_q_dq\": 512, \"block_kv_dq\": 512, \"block_q_dkv\": 512, \"block_kv_dkv\": 512"
-    assert attention_flops(flash("splash_mha_fwd_segmented", blocks), model, 1024) == 2 * pairs
-    assert attention_flops(flash("splash_mha_dq", blocks), model, 1024) == 3 * pairs
-    assert attention_flops(flash("splash_mha_dkv", blocks), model, 1024) == 4 * pairs
+    seen = 2 * 8 * (1024 * 1025 / 2) * 128 * 2  # and a query sees half of the keys
     fused = blocks + r", \"use_fused_bwd_kernel\": true"
-    assert attention_flops(flash("splash_mha_dkv", fused), model, 1024) == 5 * pairs
-    assert attention_flops(flash("layer_norm", blocks), model, 1024) == 0
+    for name, metadata, done, asked in (
+        ("splash_mha_fwd_segmented", blocks, 2, 2), ("splash_mha_dq", blocks, 3, 2), ("splash_mha_dkv", blocks, 4, 3),
+        ("splash_mha_dkv", fused, 5, 5), ("layer_norm", blocks, 0, 0),
+    ):  # fmt: skip
+        assert attention_flops(flash(name, metadata), model, 1024) == pytest.approx((done * pairs, asked * seen))
 
 
 def test_a_kernel_runs_at_the_peak_at_best():
@@ -306,3 +315,15 @@ def test_what_does_not_fit_says_by_how_much():
 def test_libtpu_takes_the_options_of_every_kind(name):
     device = devices(topology(name))[0]
     assert flags.compiler_options(device) == flags._wanted(device)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_aot
+def test_layers_cut_by_column_and_row_are_summed_once_for_attention_and_once_for_the_feed_forward():
+    """Forward, backward, and all but the last again; once for the embedding and the head (Shoeybi et al. 2019,
+    arXiv:1909.08053, section 3)."""
+    p, cfg = on_tpu("v5e-4", "mesh.tensor=4", "remat=full"), run_config(ADAMW, **SMALL)
+    stream = cfg.batch * cfg.model.context * cfg.model.embed * 2
+    sums = [c for c in p.account.collectives if c.kind == "all-reduce" and c.bytes >= stream]
+    assert {c.bytes for c in sums} == {stream}
+    assert sum(c.count for c in sums) == (2 + 1 + 2) * cfg.model.num_layers + 2

@@ -1,7 +1,5 @@
 """Training whose gradients cross mesh axis data as 8-bit integers."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -17,16 +15,24 @@ pytestmark = pytest.mark.slow
 
 RATE = 0.3
 SGD = (f"optimizer={{kind: sgd, learning_rate: {RATE}, momentum: 0}}", "clip=null", "mesh.data=2", "mesh.fsdp=2")
-exact = functools.partial(program, run_config(*SGD))
-rounded = functools.partial(program, run_config(*SGD, "compression={kind: int8, block: 64}"))
+INT8 = "compression={kind: int8, block: 64}"
+
+
+def exact(*overrides: str):
+    return program(run_config(*SGD, *overrides))
+
+
+def rounded(*overrides: str):
+    return program(run_config(*SGD, INT8, *overrides))
 
 
 def weights(state) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, state.params)
 
 
-def test_gradients_used_and_the_last_residual_are_the_exact_gradients_of_all_steps():
-    mine, plain = rounded(), exact()
+@pytest.mark.parametrize("overrides", [(), ("accumulate=2",)], ids=" ".join)
+def test_gradients_used_and_the_last_residual_are_the_exact_gradients_of_all_steps(overrides):
+    mine, plain = rounded(*overrides), exact(*overrides)
     state = mine.start()
     first = weights(state)
     gradients = {name: np.zeros(x.shape) for name, x in first.items()}
@@ -45,9 +51,10 @@ def test_gradients_used_and_the_last_residual_are_the_exact_gradients_of_all_ste
         np.testing.assert_allclose(used + residual, gradients[name], atol=2e-5 * max(1, abs(x).max()), err_msg=name)
 
 
-def test_it_trains_as_well_as_the_exact_run():
+@pytest.mark.parametrize("overrides", [(), ("accumulate=2", "precision=bfloat16")], ids=" ".join)
+def test_it_trains_as_well_as_the_exact_run(overrides):
     losses = []
-    for p in (rounded(), exact()):
+    for p in (rounded(*overrides), exact(*overrides)):
         state = p.start()
         for i in range(30):
             state, seen = p(state, random_batch(seed=i % 3))
@@ -96,3 +103,21 @@ def test_residuals_are_saved_by_layer_and_come_back_to_the_bit(tmp_path):
     back = restore(tmp_path, mine.setup.state, model).state
     for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(state), strict=True):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes() and x.sharding == y.sharding
+
+
+@pytest.mark.parametrize("count", [4, 2])
+def test_replicas_that_come_or_go_leave_the_sum_of_residuals_as_it_was(count, tmp_path):
+    before, now = (rounded(f"mesh={{data: {n}, fsdp: {4 // n}}}") for n in (6 - count, count))
+    state, _ = before(before.start(), random_batch())
+    model = before.setup.cfg.model
+    with Checkpointer(tmp_path, Checkpoints(), model) as checkpoints:
+        checkpoints.save(1, state, {})
+    back = restore(tmp_path, now.setup.state, model).state
+    assert weights(back).keys() == weights(state).keys()
+    for name, x in back.opt.residual.items():
+        assert x.sharding == now.setup.state.opt.residual[name].sharding
+        dim = replicas.dim(now.setup.axes[name])
+        total = np.asarray(state.opt.residual[name]).sum(dim)
+        np.testing.assert_allclose(np.asarray(x).sum(dim), total, rtol=1e-6, atol=1e-9, err_msg=name)
+        assert total.any() and not np.delete(np.asarray(x), 0, dim).any()
+    now(back, random_batch(seed=1))

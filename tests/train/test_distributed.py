@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import pytest
 from test_loop import LENGTH, lines, losses, run_tree, wait_for_lines, write_corpus
 
@@ -20,6 +21,7 @@ from jaxllm.core import config
 from jaxllm.core.errors import ConfigError
 from jaxllm.data.config import PrepareConfig
 from jaxllm.train import distributed
+from jaxllm.train.checkpoint import load_params
 from jaxllm.train.config import RunConfig
 from jaxllm.train.distributed import Place, Pod, find, first_host
 from jaxllm.train.loop import train
@@ -190,6 +192,19 @@ def test_a_process_reads_the_rows_its_devices_hold_and_no_others(unbroken):
     assert halves == [{0, 1, 2, 3}, {4, 5, 6, 7}]
     assert set(unbroken[0].said[0]["read"] + unbroken[1].said[0]["read"]) >= set(range(8 * STEPS))
     assert shared == [set(range(8))] * 2  # over `tensor` every device needs every row
+
+
+@pytest.mark.slow
+def test_each_process_writes_the_shards_of_its_devices_and_no_others(folder, unbroken):
+    saved = folder / "unbroken" / "checkpoints" / f"{STEPS:08d}"
+    files = [saved.glob(f"arrays/params/ocdbt.process_{process}/d/*") for process in range(2)]
+    written = [b"".join(file.read_bytes() for file in mine) for mine in files]
+    weights = jax.device_get(load_params(saved).params)
+    by_width = [weights["head"], *weights["blocks.0.ffn.w_up"]]  # their first axis is `embed`
+    cut = [np.split(weights["embedding"], 4, 1), *(np.split(x, 4) for x in by_width)]
+    for shards in cut:
+        for device, shard in enumerate(shards):
+            assert [shard.tobytes() in mine for mine in written] == [device < 2, device >= 2]
 
 
 # --- what goes wrong ---

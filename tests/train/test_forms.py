@@ -25,6 +25,7 @@ from jaxllm.train.step import (
     Setup,
     TrainState,
     abstract_batch,
+    check_batches,
     init_state,
     make_eval_step,
     make_train_step,
@@ -268,17 +269,52 @@ def test_remat_changes_nothing_of_a_ring(remat):
     np.testing.assert_allclose(mine.losses, reference.losses, rtol=1e-5)
 
 
-def test_dropout_of_attention_is_refused_where_rows_are_shared():
-    with pytest.raises(
-        ConfigError, match=r"model.dropout.attention=0.1 with mesh.context=2: no device has a whole row"
-    ):
-        run_config("model.dropout.attention=0.1", "mesh.context=2")
+SHARED = ("mesh.fsdp=2", "sharding.activations={batch: data, seq: fsdp, norm_seq: fsdp}")  # rows, by another axis
+SLICES = "pipeline.schedule={kind: gpipe, slices: 2}"
 
 
-def test_rows_that_do_not_divide_into_chunks_are_refused_before_the_first_step():
-    setup = set_up(run_config("mesh.context=4"))
-    with pytest.raises(ConfigError, match=r"rows of 12 tokens do not divide into 2 x 4 chunks"):
-        abstract_batch(setup, 8, 12)
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("model.dropout.attention=0.1", "mesh.context=2"), "with mesh.context=2: no device has a whole row"),
+        (("model.dropout.attention=0.1", *SHARED), "with mesh.fsdp=2: no device has a whole row"),
+        ((SLICES, "mesh.pipe=2", "accumulate=2", "mesh.context=2"), "mesh axis context cuts rows too"),
+        ((SLICES, "mesh.pipe=2", "accumulate=2", *SHARED), "mesh axis fsdp cuts rows too"),
+        (("model.block.attention={num_heads: 6, head_dim: 8}", "context=ulysses", "mesh.context=4"),
+         "num_heads=6 does not divide over mesh axes context of 4 devices"),
+        (("model.block.attention={num_heads: 6, head_dim: 8}", "context=ulysses", "mesh={tensor: 2, context: 2}"),
+         "num_heads=6 does not divide over mesh axes tensor x context of 4 devices"),
+    ],
+)  # fmt: skip
+def test_what_rows_that_devices_share_cannot_do_is_refused(overrides, reason):
+    with pytest.raises(ConfigError, match=reason):
+        run_config(*overrides)
+
+
+def test_heads_are_counted_again_when_the_devices_are():
+    cfg = run_config("model.block.attention={num_heads: 6, head_dim: 8}", "context=ulysses", "mesh.context=-1")
+    with pytest.raises(ConfigError, match="num_heads=6 does not divide over mesh axes context of 4 devices"):
+        set_up(cfg)
+
+
+SEQUENCE = FORMS["sequence"].overrides[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "length", "reason"),
+    [
+        (("mesh.context=4",), 12, "rows of 12 tokens do not divide into 2 x 4 chunks"),
+        (("mesh.tensor=4", SEQUENCE, *MODEL), 18, "stream: norm_seq=18 does not divide over mesh axis tensor of 4"),
+        (("mesh.pipe=2", "accumulate=2", SLICES), 15, "rows of 15 tokens do not divide into .*slices=2"),
+        (("mesh={pipe: 2, tensor: 2}", "accumulate=2", SLICES, SEQUENCE), 18, "stream: norm_seq=9 does not divide"),
+    ],
+)
+def test_rows_that_do_not_divide_are_refused_before_anything_is_made(overrides, length, reason):
+    cfg = run_config(*overrides)
+    setup = set_up(cfg, jax.devices()[: abs(np.prod(cfg.mesh.sizes))])
+    check_batches(setup, 16)
+    with pytest.raises(ConfigError, match=reason):
+        check_batches(setup, length)
 
 
 if __name__ == "__main__":

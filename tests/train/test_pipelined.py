@@ -2,7 +2,11 @@
 
 import functools
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +124,25 @@ def test_every_schedule_trains_as_one_device_does(kind):
 )
 def test_a_pipeline_goes_with_other_mesh_axes(kind, axis):
     assert_trains_as_one_device(f"pipeline.schedule={kind}", "mesh.pipe=2", f"mesh.{axis}=2", "accumulate=4", **EVEN)
+
+
+EIGHT = """
+import sys
+from test_pipelined import EVEN, assert_trains_as_one_device
+assert_trains_as_one_device("mesh.pipe=2", "accumulate=2", "model.position=learned", *sys.argv[1:], **EVEN)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [("fsdp", "tensor"), ("context", "tensor"), ("fsdp", "expert")], ids="-".join)
+def test_a_pipeline_goes_with_two_other_mesh_axes(axes):
+    """On eight devices, in a process that may end: XLA's partitioner ends it over what it cannot cut."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", EIGHT, *(f"mesh.{axis}=2" for axis in axes)]
+    ended = subprocess.run(
+        command, check=False, cwd=Path(__file__).parent, env=os.environ | flags, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
 
 
 def test_a_pipeline_that_computes_nothing_twice_trains_the_same():
@@ -336,6 +359,9 @@ def test_evaluation_goes_through_the_stages(overrides, model):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
+SLICES = "pipeline.schedule={kind: gpipe, slices: 2}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
@@ -345,10 +371,11 @@ def test_evaluation_goes_through_the_stages(overrides, model):
         (("pipeline.stages=[1, 1, 3]",), r"pipeline.stages=\[1, 1, 3\] must be 4 numbers"),
         (("offload.optimizer=true",), "visits one group of layers after the other"),
         (("compression=int8", "mesh.data=2"), "what is mapped cannot be cut into stages; set compression to null"),
-        (("remat=offload",), "set remat to save_attention"),
-        (("pipeline.schedule={kind: gpipe, slices: 2}", "model.block.attention.mask=full"), "a token sees later ones"),
-        (("pipeline.schedule={kind: gpipe, slices: 2}", "model.dropout.residual=0.1"), "dropout is drawn for whole rows"),
-        (("pipeline.schedule={kind: gpipe, slices: 2}", "pipeline.recompute=false"), "they keep their inputs alone"),
+        (("remat=offload",), "mesh.pipe=4 with remat=offload: .* set remat to save_attention"),
+        (("remat={device: [q], host: [input]}",), r"mesh.pipe=4 with remat={host: \[input\]}: .* set remat to"),
+        ((SLICES, "model.block.attention.mask=full"), "a token sees later ones"),
+        ((SLICES, "model.dropout.residual=0.1"), "dropout is drawn for whole rows"),
+        ((SLICES, "pipeline.recompute=false"), "they keep their inputs alone"),
         (("sharding.activations.batch=[data, pipe]",), "for layers and nothing else: sharding.activations.batch"),
         (("sharding.parameters.layers=null",), "for layers and nothing else: sharding.parameters.layers=None"),
     ],
@@ -361,10 +388,12 @@ def test_what_cannot_be_pipelined_is_refused_with_its_reason(overrides, reason):
         set_up(run_config("mesh.pipe=-1", "mesh.fsdp=1", *base[1:], *overrides))
 
 
-def test_rows_that_do_not_divide_into_slices_are_refused():
-    cfg = run_config("pipeline.schedule={kind: gpipe, slices: 5}", "mesh.pipe=2", "accumulate=2")
-    with pytest.raises(ConfigError, match="rows of 16 tokens do not divide into pipeline.schedule.slices=5"):
-        traced(cfg)
+def test_rules_by_which_stages_would_have_to_swap_shares_are_refused():
+    mesh = ("mesh={pipe: 2, fsdp: 2, tensor: 2}", "accumulate=2")
+    run_config(*mesh, "sharding.parameters={embed: null, mlp: [tensor, fsdp]}")
+    reason = r"mlp=\('fsdp', 'tensor'\): stages .* not swap them; set it to the axes of sharding.activations.mlp=tensor"
+    with pytest.raises(ConfigError, match=reason):
+        run_config(*mesh, "sharding.parameters={embed: null, mlp: [fsdp, tensor]}")
 
 
 def test_costs_of_schedules_can_be_compared_without_running_them():

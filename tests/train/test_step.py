@@ -101,6 +101,33 @@ def test_every_mesh_trains_as_one_device_does(mesh, seed):
     assert_same_run(run_config(**model), run_config(*MESHES[mesh], **model))
 
 
+SPLIT = "{embed: null, mlp: [fsdp, tensor]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("mesh.fsdp=2", "mesh.tensor=2", f"sharding={{parameters: {SPLIT}, gradients: {SPLIT}, optimizer: {SPLIT}}}"),
+        ("mesh.fsdp=2", "mesh.tensor=2", "sharding.gradients.kv_heads=null"),
+        ("mesh.data=2", "mesh.fsdp=2", "sharding.activations.batch=data"),
+    ],
+    ids=["mlp over fsdp", "gradients whole", "rows whole"],
+)
+def test_weights_and_gradients_may_lie_otherwise_than_activations(overrides):
+    assert_same_run(run_config(), run_config(*overrides))
+
+
+def test_replicas_stay_equal_to_the_bit():
+    """Of weights and optimizer state that every device of a data-parallel run holds whole, after three steps."""
+    state, _ = run(run_config("mesh.data=4", "optimizer={kind: adamw, learning_rate: 1e-3}"))
+    for x in jax.tree.leaves((state.params, state.opt)):
+        first, *others = [np.asarray(shard.data) for shard in x.addressable_shards]
+        assert len(others) == 3 and first.shape == x.shape
+        for other in others:
+            np.testing.assert_array_equal(first, other)
+
+
 @pytest.mark.parametrize("preset", ["ddp", "zero1", "zero2", "zero3"])
 def test_every_zero_stage_trains_as_one_device_does(preset):
     assert_same_run(run_config(), run_config(f"sharding={preset}", "mesh.fsdp=4"))
@@ -246,7 +273,5 @@ def test_a_dimension_that_does_not_divide_is_refused_by_name():
 
 def test_a_batch_that_does_not_divide_is_refused():
     setup = set_up(run_config("mesh.fsdp=4"))
-    with pytest.raises(
-        ConfigError, match=r"batch array tokens: batch=6 does not divide over mesh axis fsdp of 4"
-    ):
+    with pytest.raises(ConfigError, match=r"batch array tokens: batch=6 does not divide over mesh axis fsdp of 4"):
         place_batch(setup, random_batch(rows=6))

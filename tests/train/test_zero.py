@@ -9,7 +9,8 @@ from exchanges import exchanges
 from test_outer import program
 from test_step import LENGTH, random_batch, run_config
 
-from jaxllm.train.step import set_up
+from jaxllm.train.step import abstract_batch, set_up
+from jaxllm.train.step import gradients as step_gradients
 
 pytestmark = pytest.mark.slow
 
@@ -37,12 +38,15 @@ def share(tree) -> float:
 def test_a_device_holds_what_the_papers_formulas_say(preset, parameters, gradients, optimizer):
     """16 bytes a parameter, of which stage 1 divides 8 by n, stage 2 12, stage 3 all (section 5, figure 1)."""
     setup = set_up(run_config(f"sharding={preset}", f"mesh.fsdp={N}", ADAMW))
+    batch = abstract_batch(setup, 8, LENGTH)
     size = sum(x.size for x in setup.state.params.values())
     assert share(setup.state.params) == PARAMETERS * size / parameters
     moments = [x for x in jax.tree.leaves(setup.state.opt) if x.ndim]
     assert share(moments) == OPTIMIZER * size / optimizer
-    grads = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.gradients[n]) for n, x in setup.state.params.items()}
-    assert share(grads) == GRADIENTS * size / gradients
+    made = (
+        jax.jit(lambda state, batch: step_gradients(setup, state, batch, None)[0]).lower(setup.state, batch).compile()
+    )
+    assert made.memory_analysis().output_size_in_bytes == pytest.approx(GRADIENTS * size / gradients, abs=256)
 
 
 def sent(*overrides: str, axis: str = "fsdp") -> dict[str, float]:
@@ -104,5 +108,6 @@ def test_optimizer_state_may_be_shared_out_over_replicas_too():
     assert share(moments[1]) == share(moments[0]) / 2
     state, other = plain.start(), wide.start()
     for i in range(2):
-        (state, seen), (other, expected) = plain(state, random_batch(rows=N, seed=i)), wide(other, random_batch(rows=N, seed=i))
+        batch = random_batch(rows=N, seed=i)
+        (state, seen), (other, expected) = plain(state, batch), wide(other, batch)
         assert seen["loss"] == pytest.approx(expected["loss"], rel=1e-6)

@@ -58,20 +58,19 @@ def _backward(product: _Product, kept: tuple[Array, Array], dy: Array) -> tuple[
     dy = dy.astype(x.dtype)
     if product.place.platform == "tpu" and product.dtype is None:
         # XLA would compute what gives dy again in both products, for every tile of the other side (7B on v5e: -6 %
-        # cycles). Not so for logits: there the second array costs more memory than its computation.
+        # cycles), and so the activation from its two inputs (-1 %). Not so for logits: there the second array costs
+        # more memory than its computation.
         dy = jax.lax.optimization_barrier(dy)
-    dw = product.place.weight_gradient(
-        f"{of_x},{of_y}->{of_w}", x, dy, product.x_axes, product.y_axes, product.w_axes
-    )
+        if "mlp" in product.x_axes:
+            x = jax.lax.optimization_barrier(x)
+    dw = product.place.weight_gradient(f"{of_x},{of_y}->{of_w}", x, dy, product.x_axes, product.y_axes, product.w_axes)
     return jnp.einsum(f"{of_y},{of_w}->{of_x}", dy, w), dw.astype(w.dtype)
 
 
 _linear.defvjp(lambda product, x, w: (product.forward(x, w), (x, w)), _backward)
 
 
-def lookup(
-    table_VD: Float[Array, "V D"], ids_BT: Int[Array, "B T"], rows: str = "vocab"
-) -> Float[Array, "B T D"]:
+def lookup(table_VD: Float[Array, "V D"], ids_BT: Int[Array, "B T"], rows: str = "vocab") -> Float[Array, "B T D"]:
     """Rows of a table, `rows` being their logical axis; ids beyond it get the last (padding may hold any position).
 
     The gradient is summed in float32: in bfloat16 a frequent token's would stop growing after 256 occurrences.
