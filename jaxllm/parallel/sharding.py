@@ -244,26 +244,26 @@ def ring_groups(mesh: jax.sharding.Mesh, axis: str) -> list[list[list[int]] | No
     chips take part, and over some of fewer (4x4, 2x2x2); one ring dimension after the other it does as asked.
     """
     n = mesh.shape[axis]
-    if n <= RING:
+    if n <= min(RING, FEW):
         return [None]
     line = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), -1).reshape(-1, n)[0]
-    sizes = rings([tuple(getattr(d, "coords", (i,))) for i, d in enumerate(line)])
+    sizes = rings([tuple(getattr(d, "coords", (i,))) for i, d in enumerate(line)], RING if n > RING else FEW)
     if len(sizes) == 1:
         return [None]
     ids = np.arange(n).reshape(sizes)
     return [np.moveaxis(ids, k, -1).reshape(-1, size).tolist() for k, size in enumerate(sizes)]
 
 
-RING = 4  # chips that libtpu reduce-scatters over at once
+RING, FEW = 16, 4  # chips that libtpu reduce-scatters over at once: of more, and if that is all
 
 
-def rings(coords: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Sizes of the torus dimensions that a row-major walk of chips goes along, slow ones merged up to RING chips."""
+def rings(coords: list[tuple[int, ...]], most: int = RING) -> tuple[int, ...]:
+    """Sizes of the torus dimensions that a row-major walk of chips goes along, slow ones merged up to `most` chips."""
     sizes = [len(set(c)) for c in zip(*coords)]
     order = sorted(range(len(sizes)), key=lambda d: next((i for i, c in enumerate(coords) if c[d] != coords[0][d]), 0))
     found: list[int] = []
     for size in (sizes[d] for d in reversed(order) if sizes[d] > 1):
-        if found and found[-1] * size <= RING:
+        if found and found[-1] * size <= most:
             found[-1] *= size
         else:
             found.append(size)

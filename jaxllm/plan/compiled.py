@@ -27,7 +27,7 @@ from jaxllm.plan.topology import Topology, devices
 from jaxllm.train.config import RunConfig
 from jaxllm.train.outer import MEETING
 from jaxllm.train.pipelined import stages as stages_of
-from jaxllm.train.step import abstract_batch, make_train_step, set_up
+from jaxllm.train.step import abstract_batch, check_batches, make_train_step, set_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +153,7 @@ def prove(
     chips = devices(on)
     started = time.perf_counter()
     setup = set_up(cfg, chips)
+    check_batches(setup, length)
     batch = abstract_batch(setup, cfg.batch, length)
     lowered = make_train_step(setup).lower(setup.state, batch)
     lower_s = time.perf_counter() - started

@@ -109,9 +109,14 @@ def test_a_torus_is_reduced_ring_after_ring_of_at_most_sixteen(shape, expected):
     assert rings(list(np.ndindex(*shape))) == expected
 
 
+@pytest.mark.parametrize(("shape", "expected"), [((4, 4), (4, 4)), ((2, 2, 2), (4, 2)), ((2, 4), (2, 4)), ((8,), (8,))])
+def test_a_small_torus_is_reduced_by_fours(shape, expected):
+    assert rings(list(np.ndindex(*shape)), 4) == expected
+
+
 def test_what_is_reduced_ring_after_ring_is_the_sum_of_all(monkeypatch):
     monkeypatch.setattr("jaxllm.parallel.sharding.RING", 2)
-    monkeypatch.setattr("jaxllm.parallel.sharding.rings", lambda coords: (2, 2))  # as if the four were a square
+    monkeypatch.setattr("jaxllm.parallel.sharding.rings", lambda coords, most: (2, 2))  # as if the four were a square
     assert ring_groups(make_mesh(Mesh(fsdp=4)), "fsdp") == [[[0, 2], [1, 3]], [[0, 1], [2, 3]]]
     assert_gradients_of_one_device({"fsdp": 4})
     assert len(re.findall(r" reduce-scatter\(", run({"fsdp": 4})[1])) == 4

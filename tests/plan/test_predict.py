@@ -30,12 +30,10 @@ REACHED = calibration.calibration(ON)
 
 def program(**changes) -> Account:
     empty = {
-        "flops": 0.0, "kernel_flops": 0.0, "cycles": {}, "traffic": 0.0, "collectives": (), "kernels": (), "loops": {},
-        "notes": {},
+        "flops": 0.0, "kernel_flops": 0.0, "kernel_asked": 0.0, "cycles": {}, "traffic": 0.0, "host_traffic": 0.0,
+        "collectives": (), "kernels": (), "loops": {}, "scopes": {}, "notes": {},
     }  # fmt: skip
-    return Account(**{name: value for name, value in (empty | changes).items() if name in Account._fields}, **{
-        name: False for name in Account._fields if name not in empty
-    })  # fmt: skip
+    return Account(**empty | changes)
 
 
 def proof(account: Account | None, mesh: dict[str, int] | None = None, **changes) -> types.SimpleNamespace:
@@ -43,8 +41,8 @@ def proof(account: Account | None, mesh: dict[str, int] | None = None, **changes
     rows, length = 64, 2048
     flops = 6e9 * rows * length / ON.devices
     return types.SimpleNamespace(
-        on=ON, mesh=mesh or {"fsdp": 16}, rows=rows, length=length, model_flops=flops, account=account, most=None,
-        fits=True, peak_bytes=2**30, **changes,
+        on=ON, mesh=mesh or {"fsdp": 16}, rows=rows, length=length, model_flops=flops, account=account,
+        fits=True, peak_bytes=2**30, **{"bubble": 0.0, "across": None} | changes,
     )  # fmt: skip
 
 
@@ -87,9 +85,9 @@ def test_attention_kernels_without_cycles_are_priced_by_their_products_and_no_fa
     flops = 1e13
     q = Array("bf16", (32, 2048, 128), 0)
     kernel = Kernel("splash_mha_fwd", (q, q, q), (q,), None, "")
-    fast = predict.of_program(proof(program(kernel_flops=flops, kernels=(kernel,))), REACHED)
+    fast = predict.of_program(proof(program(kernel_asked=flops, kernels=(kernel,))), REACHED)
     assert fast.terms["attention"] == pytest.approx(1e3 * flops / ON.chip.device_flops / REACHED.attention)
-    many = predict.of_program(proof(program(kernel_flops=flops, kernels=(kernel._replace(count=1e6),))), REACHED)
+    many = predict.of_program(proof(program(kernel_asked=flops, kernels=(kernel._replace(count=1e6),))), REACHED)
     assert many.terms["attention"] == pytest.approx(1e3 * 1e6 * 4 * q.bytes / ON.chip.device_bandwidth)
 
 
@@ -97,6 +95,14 @@ def test_a_step_takes_at_least_the_time_of_its_memory_traffic():
     traffic = 3 * ON.chip.device_bandwidth
     made = predict.of_program(proof(program(cycles={"compiler": 1.5e8}, traffic=traffic)), REACHED)
     assert made.expected_ms == pytest.approx(3000) and made.limit.startswith("memory bandwidth")
+
+
+def test_a_pipeline_waits_for_its_bubble():
+    busy = predict.of_program(proof(program(cycles={"compiler": 1.5e9})), REACHED)
+    made = predict.of_program(proof(program(cycles={"compiler": 1.5e9}), bubble=0.2), REACHED)
+    assert made.expected_ms == pytest.approx(busy.expected_ms / 0.8)
+    assert made.terms[predict.NAMES["bubble"]] == pytest.approx(0.2 * made.expected_ms)
+    assert made.step_ms.high == pytest.approx(busy.step_ms.high / 0.8)
 
 
 def gather(**changes) -> Collective:
