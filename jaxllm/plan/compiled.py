@@ -25,6 +25,7 @@ from jaxllm.plan.chips import GIB, Chip
 from jaxllm.plan.hlo import parse
 from jaxllm.plan.topology import Topology, devices
 from jaxllm.train.config import RunConfig
+from jaxllm.train.offload import VISIT
 from jaxllm.train.outer import MEETING
 from jaxllm.train.pipelined import stages as stages_of
 from jaxllm.train.step import abstract_batch, check_batches, make_train_step, set_up
@@ -313,11 +314,11 @@ def _account(
 ) -> tuple[Account, float, list[str]]:
     """What the program does, the pipeline's bubble, notes."""
     program, pipe = parse(text), mesh.shape.get("pipe", 1)
-    runs: dict[str, float | tuple[float, ...]] = {}
+    runs: dict[str, float | tuple[float, ...]] = {VISIT: 1.0}  # in the steps that count, all is finite
     if pipe > 1:
         schedule = pipeline.table(cfg.pipeline.schedule, pipe, cfg.accumulate)
         stages = stages_of(cfg, pipe)
-        runs = pipelined.runs(pipeline.instructions(schedule, cfg.pipeline.recompute), stages)
+        runs |= pipelined.runs(pipeline.instructions(schedule, cfg.pipeline.recompute), stages)
     if cfg.outer is not None:
         runs[MEETING] = (1 - 1 / cfg.outer.every, 1 / cfg.outer.every)
     found = account(

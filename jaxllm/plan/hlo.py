@@ -305,6 +305,9 @@ def _compared(program: Program, condition: Computation) -> tuple[list[_Linear], 
     return sides, root.attribute(r"direction=(\w+)")
 
 
+_PASSED = {"copy", "convert", "bitcast", "reshape", "copy-start", "copy-done"}  # leave a number as it is
+
+
 def _linear(program: Program, computation: Computation, name: str, args: list | None = None) -> _Linear | None:
     i = computation.by_name.get(name)
     if i is None:
@@ -315,13 +318,15 @@ def _linear(program: Program, computation: Computation, name: str, args: list | 
         return args[int(i.inside)] if args is not None else None
     if i.op == "get-tuple-element" and args is None and computation.by_name[i.operands[0]].op == "parameter":
         return _Linear(int(i.attribute(r"index=(\d+)")), 0)
+    if i.op not in _PASSED | {"fusion", "add", "subtract"}:
+        return None
     below = [_linear(program, computation, x, args) for x in i.operands]
     if None in below or not below:
         return None
     if i.op == "fusion":
         called = program.computations[i.calls()[0]]
         return _linear(program, called, called.root.name, below)
-    if i.op in ("copy", "convert", "bitcast", "reshape", "copy-start", "copy-done"):
+    if i.op in _PASSED:
         return below[0]
     if i.op in ("add", "subtract") and None in (below[0].index, below[1].index):
         sign = 1 if i.op == "add" else -1

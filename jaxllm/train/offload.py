@@ -19,6 +19,7 @@ from jaxllm.models.module import Axes, Params
 from jaxllm.parallel.config import Offload
 
 HOST, DEVICE = "pinned_host", "device"
+VISIT = "offload_visit"  # name, in the compiled program, of the loops that fetch and put back
 
 
 def places(cfg: Offload, params: dict[str, Any], opt: PyTree, opt_axes: PyTree) -> tuple[dict[str, Any], PyTree]:
@@ -91,7 +92,8 @@ def update(
 
         lift = lambda x: x[None] if alone else x
         lifted = {n: lift(grads[n]) for n in names}
-        held, stays = jax.lax.fori_loop(0, count, visit, ({p: lift(state[p]) for p in moves}, stays))
+        with jax.named_scope(VISIT):
+            held, stays = jax.lax.fori_loop(0, count, visit, ({p: lift(state[p]) for p in moves}, stays))
         return {p: x[0] if alone else x for p, x in held.items()} | stays
 
     # What lies alone makes one visit. A loop that XLA thinks may make none keeps it from coming before its time: it

@@ -69,6 +69,12 @@ def test_what_is_kept_costs_memory_and_spares_products():
     assert flops == sorted(flops, reverse=True) and flops[0] > 1.1 * flops[-1]
 
 
+def test_an_optimizer_on_the_host_multiplies_nothing_more_and_leaves_no_loop_uncounted():
+    plain, away = proof("mesh.fsdp=4"), proof("mesh.fsdp=4", "offload.optimizer=true")
+    assert away.notes == () and away.hardware_flops == pytest.approx(plain.hardware_flops, rel=1e-6)
+    assert away.host_bytes == pytest.approx(plain.optimizer_bytes, rel=0.01)
+
+
 def test_shared_out_parameters_are_gathered_twice_and_their_gradients_scattered_once():
     p, counted = proof("mesh.fsdp=4"), parts(run_config().model)
     layers = sum(n for name, n in counted.items() if name.startswith("layers"))
