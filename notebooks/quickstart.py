@@ -25,7 +25,9 @@ if not measured:
         f"{run}: no held-out evaluation was logged, so there is nothing to compare with a bigram; let the run end,"
         " or, if its data was prepared with `validation: 0`, prepare it with more and train again"
     )
-generate(run, 'prompt=["def "]', "max_new_tokens=80", "sampling={kind: sample, temperature: 0.6, top_p: 0.95}", "seed=1")
+generate(
+    run, 'prompt=["def "]', "max_new_tokens=80", "sampling={kind: sample, temperature: 0.6, top_p: 0.95}", "seed=1"
+)
 
 _, bits_per_byte = measured["validation_bits_per_byte"]
 bigram = bigram_bits_per_byte(open_prepared(cfg.data.path))

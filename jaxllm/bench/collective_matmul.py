@@ -3,7 +3,8 @@
 Sequence parallelism ends attention and feed-forward with such a product (Korthikanti et al. 2022, arXiv:2205.05198,
 section 4.2.2). libtpu lets gathers run beside products, and not these scatters. Cut into a ring of smaller products
 whose sums travel meanwhile (Wang et al. 2023, "Overlap communication with dependent computation via decomposition",
-section 3), they would hide; whether that pays, this says: by the compiler's cycles and the planner's network, predicted.
+section 3), they would hide; whether that pays, this says, by the compiler's cycles and
+the planner's network: predicted.
 """
 
 import statistics

@@ -88,9 +88,7 @@ def split(key: str, leaf: Leaf, cfg: DecoderConfig, places: Places | None = None
     return dict(zip(names, (parts[i] for i in at), strict=True))
 
 
-def join(
-    parts: list[jax.Array], like: jax.ShapeDtypeStruct, stacked: bool, places: Places | None = None
-) -> jax.Array:
+def join(parts: list[jax.Array], like: jax.ShapeDtypeStruct, stacked: bool, places: Places | None = None) -> jax.Array:
     """One leaf of a run, in the sharding of `like`, from its logical leaves in order."""
     if not stacked:
         return parts[0].reshape(like.shape)

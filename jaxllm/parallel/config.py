@@ -137,6 +137,8 @@ class Sharding(Config):
         tree = {"preset": tree} if isinstance(tree, str) else tree
         if not isinstance(tree, dict):
             return tree
+        if "kind" in tree:  # rules laid over a preset that is named alone: `merge` takes its name for a kind
+            tree = {"preset": tree["kind"]} | {k: v for k, v in tree.items() if k != "kind"}
         name = tree.get("preset", "zero3")
         if name not in cls.PRESETS:
             raise ValueError(f"no sharding preset {name!r}; known: {', '.join(cls.PRESETS)}")

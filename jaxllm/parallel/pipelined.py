@@ -5,8 +5,8 @@ others', while data, fsdp, tensor, ... go on as everywhere else, by the constrai
 device is told are its `Cell`s of `jaxllm.parallel.pipeline`, integers it reads tick by tick.
 
 What a tick may not do is skipped by a loop of no iterations rather than by a conditional: XLA hands the buffers of a
-loop through in place, those of a conditional it copies, and here they are gradients and activations. How often such a loop runs no text
-of a program tells; `runs` does.
+loop through in place, those of a conditional it copies, and here they are gradients and activations. How often such a
+loop runs no text of a program tells; `runs` does.
 """
 
 import functools
@@ -206,7 +206,10 @@ class Device:
     # --- what a tick may hold ----------------------------------------------------------------------------------------
 
     def forward(self, cell: Cell, carry: Carry) -> Carry:
-        run, at_end = functools.partial(self.run_layers, keep=self.trains and not self.program.recompute), cell.stage == self.last
+        run, at_end = (
+            functools.partial(self.run_layers, keep=self.trains and not self.program.recompute),
+            cell.stage == self.last,
+        )
 
         def measured(cell: Cell, sums: PyTree) -> PyTree:
             return jax.tree.map(jnp.add, sums, self.model.last(self.shared, carry.x, self.unit(cell))[1])
@@ -262,7 +265,9 @@ class Device:
         context, base = model.context(unit), cell.chunk * self.stages.places
         microbatch, slice_ = cell.unit // model.slices, cell.unit % model.slices
         x = read(carry.inputs, cell.input)
-        x = when(FIRST, cell.stage == 0, lambda cell, _: model.settle(model.first(self.shared, self.unit(cell))), cell, x)
+        x = when(
+            FIRST, cell.stage == 0, lambda cell, _: model.settle(model.first(self.shared, self.unit(cell))), cell, x
+        )
 
         def group(g, c):
             x, kept, past = c
@@ -342,9 +347,7 @@ def settled(gradient: Array, spec: PartitionSpec) -> Float[Array, "..."]:
     return jax.lax.with_sharding_constraint(gradient.astype(jnp.float32), where)
 
 
-def when(
-    scope: str, fact: Bool[Array, ""], fn: Callable[[Cell, PyTree], PyTree], cell: Cell, carry: PyTree
-) -> PyTree:
+def when(scope: str, fact: Bool[Array, ""], fn: Callable[[Cell, PyTree], PyTree], cell: Cell, carry: PyTree) -> PyTree:
     """fn(cell, carry) or carry: a loop of one iteration or none, by whose scope it is known in the compiled program."""
 
     def once(i: Array, carry: PyTree) -> PyTree:

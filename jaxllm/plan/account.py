@@ -181,8 +181,8 @@ def account(
     Args:
       kernel_cost: of one call of a kernel; default: no products, and the cycles libtpu simulated or, without them,
         those of reading and writing its arrays once.
-      runs: by the `jax.named_scope` around it, how often a loop runs whose trips no text tells, or the share of its runs
-        in which a conditional takes each of its branches; of conditionals that are not named, each as often.
+      runs: by the `jax.named_scope` around it, how often a loop runs whose trips no text tells, or the share of its
+        runs in which a conditional takes each of its branches; of conditionals that are not named, each as often.
     """
     walker = _Walker(program, layout, chip, kernel_cost or (lambda k: Cost(0.0, k.cycles or 0.0)), runs)
     tally = walker.run(program.entry)

@@ -202,7 +202,15 @@ class Plans:
     @classmethod
     def one(cls, policy: Kept = POLICIES["full"], **choices: Any) -> "Plans":
         """A single plan: what is not said is one device, ZeRO 3, 1F1B."""
-        low = {"data": 1, "pipe": 1, "fsdp": 1, "context": 1, "tensor": 1, "zero": 3, "schedule": SCHEDULES.index("1f1b")}
+        low = {
+            "data": 1,
+            "pipe": 1,
+            "fsdp": 1,
+            "context": 1,
+            "tensor": 1,
+            "zero": 3,
+            "schedule": SCHEDULES.index("1f1b"),
+        }
         low |= {"chunks": 1, "accumulate": 1} | choices
         columns = {name: np.array([low.get(name, 0)]) for name in cls.CHOICES}
         return cls(**columns, policies=(policy,), **{n: v for n, v in choices.items() if n not in cls.CHOICES})
@@ -410,7 +418,9 @@ def work(job: Job, on: Topology, p: Plans) -> Work:
     attention = m * here * s.pairs / t * (forward + 2.5 + again.pairs) * micro / peak
     # Elements that norms, rotation and activation read and write; per logit, the loss and its gradient move 16 bytes.
     moved = 4 * s.embed / cut + 2 * (q + kv) + (s.ups + 1) * wide * s.used
-    elementwise = here * moved * b * (2 + forward + again.again) * micro + 16 * s.vocab / t * micro + 8 * s.vocab * s.embed / t
+    elementwise = (
+        here * moved * b * (2 + forward + again.again) * micro + 16 * s.vocab / t * micro + 8 * s.vocab * s.embed / t
+    )
 
     held, shared = _parameters(s, p), p.fsdp * p.context
     own = held / np.where(p.zero >= 1, shared, 1)  # parameters whose optimizer state a device has

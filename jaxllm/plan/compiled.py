@@ -86,7 +86,8 @@ class Proof:
         a = self.account
         named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _APART}
         record = named | {
-            "compiled": True, "on": self.on.name, "topology": str(self.on), "chips": self.on.chips, "devices": self.on.devices,
+            "compiled": True, "on": self.on.name, "topology": str(self.on), "chips": self.on.chips,
+            "devices": self.on.devices,
             "devices_per_chip": self.on.chip.devices, "headroom": self.headroom, "ratio": self.ratio,
             "notes": list(self.notes),
             "collective_bytes": a.collective_bytes if a else None,
@@ -212,7 +213,8 @@ def proof_of(
         notes += said
     tokens = cfg.batch * length / on.devices
     return Proof(
-        on=on, mesh=dict(mesh.shape), across=cfg.mesh.across if on.slices > 1 else None, rows=cfg.batch, length=length, fits=not why, why=why, hbm_bytes=hbm,
+        on=on, mesh=dict(mesh.shape), across=cfg.mesh.across if on.slices > 1 else None, rows=cfg.batch, length=length,
+        fits=not why, why=why, hbm_bytes=hbm,
         **memory, **held,
         model_flops=tokens * flops_per_token(cfg.model, length).train,
         model_flops_square=tokens * flops_per_token(cfg.model, length, causal=False).train,
@@ -241,8 +243,8 @@ def _compile(
             return None, options, _shortened(str(e)), []
         shown = " x ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "of one device"
         raise DoesNotCompile(
-            f"the compiler for {on.name} refuses this step on mesh {shown}: {_shortened(str(e))}; try another mesh, remat "
-            "or accumulate"
+            f"the compiler for {on.name} refuses this step on mesh {shown}: {_shortened(str(e))}; try another mesh, "
+            "remat or accumulate"
         ) from e
     return compiled, used, "", [f"compiled without options; with them: {_shortened(said)}"] if said else []
 
@@ -332,7 +334,7 @@ def _account(
 
 
 def _bubble(schedule: pipeline.Table, stages: pipelined.Stages, scopes: Mapping[str, float]) -> float:
-    """Share of a step that a device idles, if what a stage does in a tick takes as many cycles as the compiler thinks."""
+    """Share of a step that a device idles, if what a stage does in a tick takes the cycles that the compiler thinks."""
     last = len(stages.counts) - 1
 
     def times(scope: str, stage: int) -> float:

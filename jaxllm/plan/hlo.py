@@ -59,7 +59,7 @@ class Instruction(NamedTuple):
         return found[1] if found else None
 
     def calls(self) -> list[str]:
-        """Computations that the instruction runs as its own, branches in their order; not those it maps over elements."""
+        """Computations that the instruction runs as its own, branches in order; not those it maps over elements."""
         found = re.findall(
             r"\b(?:calls|called_computations=\{|true_computation|false_computation)=?%([\w.\-]+)", self.attributes
         )

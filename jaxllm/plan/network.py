@@ -121,7 +121,9 @@ def group(
     fast = [a for a in FAST_TO_SLOW if a in axes or a == "fsdp" and "expert" in axes]
     pieces = [(level, piece) for axis in fast for level in range(3) for piece in placed[axis][level]]
     if slow and all(level < 2 for level, _ in pieces):
-        raise ValueError(f"{' x '.join(axes)} of {dict(mesh)} does not span the slices of {on}: {across or 'no'} axis does")
+        raise ValueError(
+            f"{' x '.join(axes)} of {dict(mesh)} does not span the slices of {on}: {across or 'no'} axis does"
+        )
     if slow is False:
         pieces = [p for p in pieces if p[0] < 2]
     if devices is not None:

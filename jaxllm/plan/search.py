@@ -3,8 +3,8 @@
 The space: meshes x ZeRO stage x sequence parallelism x ring or all-to-all x pipeline schedule x microbatches x what a
 stage or the backward pass computes again or fetches from the host x offload, less what does not divide; memory throws
 out, time ranks. It is gone through by branch and bound: what keeps everything and fetches nothing is computed for all
-plans, on arrays, about a million a second; no policy of keeping is faster, so that the policies of a plan are tried only
-where it may still be among the best. Of 7.6 million plans for 7B on 256 chips 39 thousand are left to be tried, 0.6 CPU
+plans, on arrays, about a million a second; no policy of keeping is faster, so that the policies of a plan are tried
+only where it may still be among the best. Of 7.6 million plans for 7B on 256 chips 39 thousand are left to be tried, 0.6 CPU
 seconds in all, and what is found is the optimum of the model. The alternatives of the surveys, held against it in
 tests/plan/test_search: simulated annealing with FlexFlow's moves (Jia et al. 2018, arXiv:1807.05358: one choice drawn
 anew) nearly always finds the same plan after some thousand proposals, and takes longer. `anneal` is for spaces beyond
@@ -24,6 +24,7 @@ import numpy as np
 from jaxllm.core.config import merge, parse
 from jaxllm.core.errors import ConfigError, UserError
 from jaxllm.models.config import Keep, Remat
+from jaxllm.parallel.config import Mesh
 from jaxllm.plan.analytic import (
     ATTENTION,
     POLICIES,
@@ -42,7 +43,6 @@ from jaxllm.plan.calibration import calibration
 from jaxllm.plan.chips import Switch
 from jaxllm.plan.network import runs
 from jaxllm.plan.topology import Topology
-from jaxllm.parallel.config import Mesh
 from jaxllm.train.config import RunConfig
 
 LIMIT = 20_000_000  # plans that are estimated one by one
@@ -118,12 +118,14 @@ def _undivided(cfg: RunConfig, mesh: Mesh, on: Topology) -> list[str]:
         over = [axis for axis in _names(axes) if getattr(mesh, axis) > 1]
         shares = math.prod(getattr(mesh, axis) for axis in over)
         if size % shares:
-            found.append(f"{what} does not divide over mesh axis {' x '.join(over)} of {shares} devices; change one of them")
+            found.append(
+                f"{what} does not divide over mesh axis {' x '.join(over)} of {shares} devices; change one of them"
+            )
     span = getattr(mesh, mesh.across)
     if on.slices > 1 and on.chip.platform == "tpu" and span % on.slices:
         found.append(
-            f"mesh.{mesh.across}={span} does not divide over the {on.slices} slices of {on.name}; make it a multiple of "
-            f"{on.slices}, or let mesh.across name an axis that is one"
+            f"mesh.{mesh.across}={span} does not divide over the {on.slices} slices of {on.name}; make it a multiple "
+            f"of {on.slices}, or let mesh.across name an axis that is one"
         )
     return found + cfg.not_pipelined(mesh.pipe)
 
@@ -144,14 +146,25 @@ class Remats(NamedTuple):
 
 PARTS = (("attention",), ("q",), ("k", "v"), ("residual",), ("gate", "up"))
 QKV = ("q", "k", "v")
-HOST = (("input",), QKV, ("input", *QKV), ("input", "residual", *QKV), (*QKV, "attention"), ("input", *QKV, "attention"))
+HOST = (
+    ("input",),
+    QKV,
+    ("input", *QKV),
+    ("input", "residual", *QKV),
+    (*QKV, "attention"),
+    ("input", *QKV, "attention"),
+)
 
 
 def remats() -> Remats:
     """Every set of attention, projections, residual stream and feed-forward inputs; nothing again; and what runs that
     were published have in host memory, with every set of the rest beside it."""
     plain = {frozenset(ATTENTION): "save_attention"}
-    values: list[Remat] = ["full", *(plain.get(frozenset(some), Keep(device=some)) for some in _sets(PARTS) if some), "none"]
+    values: list[Remat] = [
+        "full",
+        *(plain.get(frozenset(some), Keep(device=some)) for some in _sets(PARTS) if some),
+        "none",
+    ]
     for host in HOST:
         left = [part for part in (("attention",), QKV, ("residual",), ("gate", "up")) if not set(part) & set(host)]
         for device in _sets(left):
@@ -210,7 +223,10 @@ def of_mesh(job: Job, on: Topology, mesh: dict[str, int], choices: Remats) -> Pl
         range(len(schedules)), [m for m in _divisors(rows) if pipe == 1 or m >= pipe], zero, (0, 1) if along else (0,),
         (0, 1) if swaps else (0,), (0, 1) if pipe > 1 else (0,), policies, (0, 1) if pipe == 1 else (0,),
     )  # fmt: skip
-    kinds, names = np.array(schedules)[schedule], ("accumulate", "zero", "norm_seq", "ulysses", "recompute", "remat", "offload")
+    kinds, names = (
+        np.array(schedules)[schedule],
+        ("accumulate", "zero", "norm_seq", "ulysses", "recompute", "remat", "offload"),
+    )
     return Plans(
         **{axis: np.full(len(schedule), size) for axis, size in mesh.items()}, schedule=kinds[:, 0], chunks=kinds[:, 1],
         **dict(zip(names, rest)), policies=choices.policies,
@@ -493,7 +509,8 @@ def overrides_of(plans: Plans, on: Topology, choices: Remats) -> dict[str, Any]:
     remat = choices.values[one["remat"]]
     blocks = {
         "topology": on.name, "mesh": {"expert": 1} | mesh, "sharding": sharding, "accumulate": one["accumulate"],
-        "remat": remat if isinstance(remat, str) else remat.model_dump(mode="json"), "offload": {"optimizer": bool(one["offload"])},
+        "remat": remat if isinstance(remat, str) else remat.model_dump(mode="json"),
+        "offload": {"optimizer": bool(one["offload"])},
     }  # fmt: skip
     if one["context"] > 1:
         blocks["context"] = {"kind": "ulysses" if one["ulysses"] else "ring"}

@@ -48,7 +48,9 @@ def attention(
 
 
 @functools.cache
-def _kernel(heads: int, T: int, causal: bool, window: int | None, softcap: float | None, name: str | None, interpret: bool):
+def _kernel(
+    heads: int, T: int, causal: bool, window: int | None, softcap: float | None, name: str | None, interpret: bool
+):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

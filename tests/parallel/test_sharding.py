@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxllm.core.axes import constrain, placed_by
-from jaxllm.core.config import dump, parse
+from jaxllm.core.config import dump, merge, parse
 from jaxllm.core.errors import ConfigError
 from jaxllm.parallel.config import ACTIVATIONS, FSDP, MESH_AXES, TENSOR, Mesh, Rules, Sharding
 from jaxllm.parallel.sharding import fitting, make_mesh, placement, sharding
@@ -123,3 +123,10 @@ def test_partial_rules_are_laid_over_the_default_preset():
     assert value.parameters == FSDP.model_copy(update={"kv_heads": None})
     assert value.activations == ACTIVATIONS.model_copy(update={"kv_heads": None})
     assert value.optimizer == FSDP
+
+
+def test_rules_are_laid_over_a_preset_that_a_base_names_alone():
+    base = {"sharding": "ddp"}
+    merged = merge(base, {"sharding": {"activations": {"norm_seq": ["context", "tensor"]}}})
+    mine = Sharding.model_validate(merged["sharding"])
+    assert mine.activations.norm_seq == ("context", "tensor") and mine.parameters == TENSOR

@@ -63,7 +63,9 @@ def test_full_recomputation_adds_a_forward_pass_of_the_layers():
 
 def test_what_is_kept_costs_memory_and_spares_products():
     """From the policy that keeps nothing to that which keeps everything."""
-    policies = [proof("mesh.fsdp=4", f"remat={r}") for r in ("full", "save_attention", "[q, k, v, attention, residual]", "none")]
+    policies = [
+        proof("mesh.fsdp=4", f"remat={r}") for r in ("full", "save_attention", "[q, k, v, attention, residual]", "none")
+    ]
     kept, flops = [p.temporary_bytes for p in policies], [p.hardware_flops for p in policies]
     assert kept == sorted(kept) and kept[0] < 0.8 * kept[-1]
     assert flops == sorted(flops, reverse=True) and flops[0] > 1.1 * flops[-1]

@@ -189,7 +189,10 @@ DOT = "ROOT %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contra
     "runs, share", [({}, 1 / 4), ({"choice": (0.1, 0.2, 0.3, 0.4)}, 0.1), ({"choice": (0.5, 0.5)}, 1 / 4)]
 )
 def test_branches_count_as_often_as_they_are_known_to_be_taken(runs, share):
-    one, none = BRANCH.format(name="one", line=DOT), BRANCH.format(name="none", line="ROOT %y = f32[8,8]{1,0} bitcast(%x)")
+    one, none = (
+        BRANCH.format(name="one", line=DOT),
+        BRANCH.format(name="none", line="ROOT %y = f32[8,8]{1,0} bitcast(%x)"),
+    )
     entry = (
         "  %i = s32[] parameter(0)\n  %x = f32[8,8]{1,0} parameter(1)\n"
         "  ROOT %c = f32[8,8]{1,0} conditional(%i, %x, %x, %x, %x), branch_computations={%one, %none, %none, %none}, "
@@ -201,7 +204,10 @@ def test_branches_count_as_often_as_they_are_known_to_be_taken(runs, share):
 
 
 def test_a_branch_that_a_truth_chooses_is_counted_by_its_number():
-    one, none = BRANCH.format(name="one", line=DOT), BRANCH.format(name="none", line="ROOT %y = f32[8,8]{1,0} bitcast(%x)")
+    one, none = (
+        BRANCH.format(name="one", line=DOT),
+        BRANCH.format(name="none", line="ROOT %y = f32[8,8]{1,0} bitcast(%x)"),
+    )
     entry = (
         "  %i = pred[] parameter(0)\n  %x = f32[8,8]{1,0} parameter(1)\n"
         "  ROOT %c = f32[8,8]{1,0} conditional(%i, %x, %x), true_computation=%one, false_computation=%none, "

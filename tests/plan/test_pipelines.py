@@ -59,14 +59,17 @@ def test_recomputed_stages_go_forward_twice_but_for_the_last(overrides, stages):
 
 
 def test_stages_of_unequal_length_count_as_they_are():
-    even, uneven = proof(FOUR, "pipeline.recompute=false"), proof(FOUR, "pipeline.stages=[3, 2, 2, 1]", "pipeline.recompute=false")
+    even, uneven = (
+        proof(FOUR, "pipeline.recompute=false"),
+        proof(FOUR, "pipeline.stages=[3, 2, 2, 1]", "pipeline.recompute=false"),
+    )
     assert uneven.hardware_flops == pytest.approx(even.hardware_flops, rel=0.01)
     assert uneven.bubble > 1.2 * even.bubble  # all wait for the longest
 
 
 @pytest.mark.parametrize("schedule, share", [("gpipe", 3 / 11), ("1f1b", 3 / 11), ("interleaved", 3 / 19)])
 def test_the_bubble_of_the_program_is_near_that_of_the_formula(schedule, share):
-    """Not on it: the last stage has the head, and goes forward only to go backward, which the others wait for in GPipe."""
+    """Not on it: the last stage has the head, and goes forward only to go backward, which others wait for in GPipe."""
     p = proof(FOUR, f"pipeline.schedule={schedule}", "pipeline.recompute=false")
     assert p.bubble == pytest.approx(share, abs=0.16)
     said = predict(config(FOUR, f"pipeline.schedule={schedule}"), p.on, p)
@@ -92,7 +95,7 @@ def test_what_recomputation_frees_is_predicted_as_it_is_compiled(schedule):
 
 
 def test_the_stages_of_megatron_turing_nlg_530b_are_a_config():
-    """8-way tensor by 35-way pipeline parallelism, 280 hosts of 8 GPUs (Smith et al. 2022, arXiv:2201.11990, section 2)."""
+    """8-way tensor by 35-way pipeline parallelism, 280 hosts of 8 GPUs (Smith et al. 2022, arXiv:2201.11990)."""
     block = {"attention": {"num_heads": 128}, "ffn": {"mlp": 4 * 20480, "glu": False}}
     model = {"vocab": 51200, "embed": 20480, "num_layers": 105, "context": 2048, "block": block, "tie": True}
     cfg = parse(RunConfig, {

@@ -105,9 +105,7 @@ class Attention(nnx.Module):
         if hasattr(self, "inner_norm"):
             o_BTNH = self.inner_norm(o_BTNH)
         o_axes = ("heads", "head_dim", "embed")
-        y_BTD = linear(
-            "BTNH,NHD->BTD", o_BTNH, self.w_o[...], (*ROWS, "heads", "head_dim"), o_axes, (*ROWS, "embed")
-        )
+        y_BTD = linear("BTNH,NHD->BTD", o_BTNH, self.w_o[...], (*ROWS, "heads", "head_dim"), o_axes, (*ROWS, "embed"))
         return y_BTD + self.b_o[...] if self.cfg.out_bias else y_BTD
 
 
