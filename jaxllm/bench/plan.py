@@ -113,7 +113,7 @@ def beside(peer: str, python: str) -> dict[str, Any]:
     return {
         "unit": "smallest of limit x MaxText / ours over peak memory, collective bytes, FLOPs and predicted step time; "
         "0 for a case that does not compile",
-        "ratio": min(worst.values()), "worst": worst, "limits": LIMITS, "cases": cases, "config": {"python": python},
+        "ratio": min(worst.values()), "worst": worst, "limits": LIMITS, "cases": cases, "config": {"python": Path(python).name},
         "peer_is": "MaxText's published scripts and defaults, compiled ahead of time; step times are predicted for both",
     }  # fmt: skip
 
