@@ -78,7 +78,7 @@ def table(checks: list[calibration.Check]) -> list[str]:
     return lines
 
 
-# --- MaxText -----------------------------------------------------------------------------------------------------------
+# --- MaxText ---------------------------------------------------------------------------------------------------------
 
 # What our programs are held to: theirs by these factors.
 LIMITS = {"peak_bytes": 1.0, "collective_bytes_total": 1.05, "hardware_flops": 1.0, "expected_step_ms": 0.95}
@@ -113,8 +113,9 @@ def beside(peer: str, python: str) -> dict[str, Any]:
     return {
         "unit": "smallest of limit x MaxText / ours over peak memory, collective bytes, FLOPs and predicted step time; "
         "0 for a case that does not compile",
-        "ratio": min(worst.values()), "worst": worst, "limits": LIMITS, "cases": cases, "config": {"python": Path(python).name},
-        "peer_is": "MaxText's published scripts and defaults, compiled ahead of time; step times are predicted for both",
+        "ratio": min(worst.values()), "worst": worst, "limits": LIMITS, "cases": cases,
+        "config": {"python": Path(python).name},
+        "peer_is": "MaxText's published scripts and defaults, compiled ahead of time; both step times are predicted",
     }  # fmt: skip
 
 

@@ -202,16 +202,8 @@ class Plans:
     @classmethod
     def one(cls, policy: Kept = POLICIES["full"], **choices: Any) -> "Plans":
         """A single plan: what is not said is one device, ZeRO 3, 1F1B."""
-        low = {
-            "data": 1,
-            "pipe": 1,
-            "fsdp": 1,
-            "context": 1,
-            "tensor": 1,
-            "zero": 3,
-            "schedule": SCHEDULES.index("1f1b"),
-        }
-        low |= {"chunks": 1, "accumulate": 1} | choices
+        low = dict.fromkeys(("data", "pipe", "fsdp", "context", "tensor", "chunks", "accumulate"), 1)
+        low |= {"zero": 3, "schedule": SCHEDULES.index("1f1b")} | choices
         columns = {name: np.array([low.get(name, 0)]) for name in cls.CHOICES}
         return cls(**columns, policies=(policy,), **{n: v for n, v in choices.items() if n not in cls.CHOICES})
 

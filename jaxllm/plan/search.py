@@ -4,12 +4,12 @@ The space: meshes x ZeRO stage x sequence parallelism x ring or all-to-all x pip
 stage or the backward pass computes again or fetches from the host x offload, less what does not divide; memory throws
 out, time ranks. It is gone through by branch and bound: what keeps everything and fetches nothing is computed for all
 plans, on arrays, about a million a second; no policy of keeping is faster, so that the policies of a plan are tried
-only where it may still be among the best. Of 7.6 million plans for 7B on 256 chips 39 thousand are left to be tried, 0.6 CPU
-seconds in all, and what is found is the optimum of the model. The alternatives of the surveys, held against it in
-tests/plan/test_search: simulated annealing with FlexFlow's moves (Jia et al. 2018, arXiv:1807.05358: one choice drawn
-anew) nearly always finds the same plan after some thousand proposals, and takes longer. `anneal` is for spaces beyond
-LIMIT. Alpa's integer program (Zheng et al. 2022, arXiv:2201.12023) pays where each operator chooses for itself; here
-one choice goes for all layers, and its dynamic program over stages is in `stages`.
+only where it may still be among the best. Of 7.6 million plans for 7B on 256 chips 39 thousand are left to be tried,
+0.6 CPU seconds in all, and what is found is the optimum of the model. The alternatives of the surveys, held against it
+in tests/plan/test_search: simulated annealing with FlexFlow's moves (Jia et al. 2018, arXiv:1807.05358: one choice
+drawn anew) nearly always finds the same plan after some thousand proposals, and takes longer. `anneal` is for spaces
+beyond LIMIT. Alpa's integer program (Zheng et al. 2022, arXiv:2201.12023) pays where each operator chooses for itself;
+here one choice goes for all layers, and its dynamic program over stages is in `stages`.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import numpy as np
 from jaxllm.core.config import merge, parse
 from jaxllm.core.errors import ConfigError, UserError
 from jaxllm.models.config import Keep, Remat
-from jaxllm.parallel.config import Mesh
+from jaxllm.parallel.config import Mesh, axis_names
 from jaxllm.plan.analytic import (
     ATTENTION,
     POLICIES,
@@ -84,10 +84,10 @@ def plans_of(cfg: RunConfig, on: Topology) -> Plans:
     schedule = cfg.pipeline.schedule.kind
     return Plans.one(
         kept(cfg.remat), data=mesh.data * mesh.expert, pipe=mesh.pipe, fsdp=mesh.fsdp, context=mesh.context,
-        tensor=mesh.tensor, zero=sum(shared), norm_seq=int("tensor" in _names(s.activations.norm_seq)),
+        tensor=mesh.tensor, zero=sum(shared), norm_seq=int("tensor" in axis_names(s.activations.norm_seq)),
         ulysses=int(cfg.context.kind == "ulysses"), schedule=SCHEDULES.index(schedule), chunks=cfg.pipeline.chunks,
         accumulate=cfg.accumulate, recompute=int(mesh.pipe > 1 and cfg.pipeline.recompute),
-        offload=int(cfg.offload.optimizer), slices=getattr(cfg.pipeline.schedule, "slices", 1) if mesh.pipe > 1 else 1,
+        offload=int(cfg.offload.optimizer), slices=cfg.pipeline.slices if mesh.pipe > 1 else 1,
         across=mesh.across if on.slices > 1 else None, crossing=_crossing(cfg),
         parameters_on_host=cfg.offload.parameters,
     )  # fmt: skip
@@ -115,7 +115,7 @@ def _undivided(cfg: RunConfig, mesh: Mesh, on: Topology) -> list[str]:
     ]  # fmt: skip
     found = []
     for what, size, axes in sides:
-        over = [axis for axis in _names(axes) if getattr(mesh, axis) > 1]
+        over = [axis for axis in axis_names(axes) if getattr(mesh, axis) > 1]
         shares = math.prod(getattr(mesh, axis) for axis in over)
         if size % shares:
             found.append(
@@ -128,10 +128,6 @@ def _undivided(cfg: RunConfig, mesh: Mesh, on: Topology) -> list[str]:
             f"of {on.slices}, or let mesh.across name an axis that is one"
         )
     return found + cfg.not_pipelined(mesh.pipe)
-
-
-def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 # --- the space -------------------------------------------------------------------------------------------------------
@@ -231,12 +227,6 @@ def of_mesh(job: Job, on: Topology, mesh: dict[str, int], choices: Remats) -> Pl
         **{axis: np.full(len(schedule), size) for axis, size in mesh.items()}, schedule=kinds[:, 0], chunks=kinds[:, 1],
         **dict(zip(names, rest)), policies=choices.policies,
     )  # fmt: skip
-
-
-def together(job: Job, on: Topology, choices: Remats, among: Sequence[dict[str, int]] | None = None) -> Plans | None:
-    """Every plan on the meshes `among` (None: all that divide); None: there is none."""
-    parts = [of_mesh(job, on, mesh, choices) for mesh in (meshes(job, on) if among is None else among)]
-    return _together(parts) if parts else None
 
 
 def _product(*values: Sequence[int]) -> list[np.ndarray]:
@@ -382,9 +372,11 @@ class _Space(NamedTuple):
 def _space(
     job: Job, on: Topology, choices: Remats, reached: Calibration, among: Sequence[dict[str, int]] | None
 ) -> _Space | None:
-    rows = together(job, on, Remats(("none",), (POLICIES["none"],)), among)
-    if rows is None:
+    kept_all = Remats(("none",), (POLICIES["none"],))
+    parts = [of_mesh(job, on, mesh, kept_all) for mesh in (meshes(job, on) if among is None else among)]
+    if not parts:
         return None
+    rows = _together(parts)
     nothing = dataclasses.replace(rows, policies=(Kept(host=frozenset({"input"})),))
     peak, full = memory(job, nothing).peak, memory(job, dataclasses.replace(rows, policies=(POLICIES["full"],))).peak
     least = np.where(rows.pipe > 1, full, peak)
