@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxllm.core.errors import ConfigError
@@ -144,9 +145,7 @@ class Placed:
         def local(x: Array, dy: Array) -> Array:
             g = jax.numpy.einsum(equation, x, dy)
             for dim, names in enumerate(scattered):
-                for n in names:
-                    for groups in ring_groups(self.mesh, n):
-                        g = jax.lax.psum_scatter(g, n, scatter_dimension=dim, axis_index_groups=groups, tiled=True)
+                g = self._scattered(g, dim, names) if names else g
             return self._summed(g, summed.difference(*scattered))
 
         out = [(*held[c], *names) for c, names in zip(of_w, scattered)]
@@ -217,6 +216,20 @@ class Placed:
     def _sharing_rows(self, axes: tuple[str | None, ...]) -> set[str]:
         """Mesh axes of several devices that share out the rows of activations with these axes."""
         return {n for axis, names in zip(axes, self._shares(self.rules, axes)) if axis in BATCH for n in names}
+
+    def _scattered(self, x: Array, dim: int, names: tuple[str, ...]) -> Array:
+        """Summed over mesh axes, each device keeping its share of one dimension.
+
+        On a TPU that dimension is outermost in memory meanwhile: over rings of eight libtpu (0.0.42) all-reduces where
+        it lies along the lanes.
+        """
+        x = jax.numpy.moveaxis(x, dim, 0)
+        if dim and self.platform == "tpu":
+            x = with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+        for n in names:
+            for groups in ring_groups(self.mesh, n):
+                x = jax.lax.psum_scatter(x, n, axis_index_groups=groups, tiled=True)
+        return jax.numpy.moveaxis(x, 0, dim)
 
     def _summed(self, x: Array, axes: set[str]) -> Array:
         names = tuple(n for n in self.mesh.axis_names if n in axes)
