@@ -50,7 +50,7 @@ class Proof:
     parameter_bytes: int  # in HBM between steps, by dtype and sharding
     optimizer_bytes: int  # the same
     batch_bytes: int  # the same
-    temporary_bytes: int  # in HBM during a step: activations, gradients, gathered weights, what fragments leave free
+    temporary_bytes: int  # in HBM beside them, when most is (TPU) or all together: activations, gradients, weights
     argument_bytes: int  # parameters, optimizer state and batch as the compiler lays them out, padding included
     host_bytes: int  # of state, in pinned memory of the host
     model_flops: float  # that the model asks for, only those pairs of tokens that see each other counted
@@ -268,15 +268,14 @@ def _asked(why: str) -> int:
 
 def _memory(compiled: Any, platform: str) -> dict[str, int]:
     m = compiled.memory_analysis()
-    # Everything at once, less what outputs take over from donated arguments. libtpu knows better: it lays out in time,
-    # and what it says is what it holds against the chip's memory.
-    at_once = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
-    peak = getattr(m, "peak_memory_in_bytes", 0) if platform == "tpu" else 0
-    return {
-        "peak_bytes": int(peak or at_once),
-        "temporary_bytes": int(m.temp_size_in_bytes),
-        "argument_bytes": int(m.argument_size_in_bytes),
-    }
+    argument, temporary = m.argument_size_in_bytes, m.temp_size_in_bytes
+    # Everything at once, less what outputs take over from donated arguments.
+    peak = argument + m.output_size_in_bytes + temporary - m.alias_size_in_bytes
+    # libtpu knows better: it lays out in time, and adds a host's arguments up with its own.
+    if platform == "tpu" and getattr(m, "peak_memory_in_bytes", 0):
+        peak = m.peak_memory_in_bytes - m.host_argument_size_in_bytes
+        temporary = peak - argument
+    return {"peak_bytes": int(peak), "temporary_bytes": int(temporary), "argument_bytes": int(argument)}
 
 
 def _text(compiled: Any) -> tuple[str, list[str]]:

@@ -318,6 +318,18 @@ def test_what_does_not_fit_says_by_how_much():
     assert p.account is None and p.record()["collective_bytes"] is None
 
 
+@pytest.mark.slow
+@pytest.mark.tpu_aot
+def test_what_waits_on_the_host_is_not_held_against_the_chip():
+    wide = ("model.embed=1024", "model.block.ffn.mlp=4096")
+    plain = on_tpu("v5e-4", "mesh.fsdp=4", *wide)
+    away = on_tpu("v5e-4", "mesh.fsdp=4", "offload={optimizer: true, parameters: true}", *wide)
+    waits = plain.parameter_bytes + plain.optimizer_bytes
+    assert away.host_bytes == pytest.approx(waits, rel=0.01)
+    assert plain.peak_bytes - away.peak_bytes > 0.7 * waits  # a layer's share comes and goes
+    assert away.peak_bytes == away.argument_bytes + away.temporary_bytes
+
+
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("name", ["v4-8", "v5e-4", "v5p-8", "v6e-4", "tpu7x-8"])
 def test_libtpu_takes_the_options_of_every_kind(name):

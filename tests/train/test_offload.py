@@ -125,16 +125,17 @@ def share(tree) -> int:
 def test_on_a_tpu_the_host_gains_what_the_device_loses(v5e):
     setup, plain = compiled(v5e)
     params, opt = share(setup.state.params), share(setup.state.opt)
-    device = lambda m: m.argument_size_in_bytes + m.temp_size_in_bytes
+    # What libtpu holds against a chip's memory, see `plan.compiled`: it refuses a step where this is more.
+    device = lambda m: m.peak_memory_in_bytes - m.host_argument_size_in_bytes
     _, optimizer = compiled(v5e, "offload.optimizer=true")
     assert optimizer.host_argument_size_in_bytes == pytest.approx(opt, rel=0.01)
     assert plain.argument_size_in_bytes - optimizer.argument_size_in_bytes == pytest.approx(opt, rel=0.01)
     assert optimizer.host_temp_size_in_bytes == 0  # updated in place
-    assert device(plain) - device(optimizer) > 0.9 * opt  # streamed: a twelfth at a time, some of it in scratchpad
+    assert device(plain) - device(optimizer) > 0.9 * opt  # streamed: a twelfth at a time
     _, both = compiled(v5e, BOTH)
     assert both.host_argument_size_in_bytes == pytest.approx(params + opt, rel=0.01)
     assert both.argument_size_in_bytes < 0.01 * params
-    assert device(optimizer) - device(both) > 0.8 * params
+    assert device(optimizer) - device(both) > 0.9 * params
 
 
 @pytest.mark.tpu_aot
