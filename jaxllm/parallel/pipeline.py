@@ -247,8 +247,7 @@ def instructions(table: Table, recompute: bool = True) -> Instructions:
     """Gives each value that waits a slot, from before it is written until after it is last read.
 
     Args:
-      recompute: B starts from the stage's input; else from what F kept of each layer, but for the last stage, whose
-        forward pass is part of B anyway.
+      recompute: B starts from the stage's input; else from what F kept of each layer.
     """
     at, last, p = table.at(), table.stages - 1, table.devices
     trains = B in table.op
@@ -257,7 +256,7 @@ def instructions(table: Table, recompute: bool = True) -> Instructions:
         if op != F:
             continue
         back = at.get((B, u, s), forward)
-        runs = back if recompute or s == last else forward  # when the layers run to be differentiated
+        runs = back if recompute else forward  # when the layers run to be differentiated
         if s > 0:
             lives["input"][u, s] = at[F, u, s - 1] + 1, max(forward, runs)
         if trains:
@@ -273,7 +272,7 @@ def instructions(table: Table, recompute: bool = True) -> Instructions:
     for (op, u, s), t in at.items():
         read = {"F": ("input", "kept"), "B": ("input", "gradient", "kept", "waiting"), "W": ("waiting",)}["_FBW"[op]]
         cell = Cell(op, u, s, s // p, *cells[t, s % p, 4:])
-        if op == F and (recompute or s == last):
+        if op == F and recompute:
             read = ("input",)
         cells[t, s % p] = cell._replace(**{name: slots[name].get((u, s), -1) for name in read})
     for name, arriving in (("input", "arriving"), ("gradient", "arriving_gradient")):
@@ -335,7 +334,8 @@ def slice_lengths(length: int, stages: int, cost: Callable[[int, int], float], s
     """Lengths of the slices of a row of tokens that pass the stages in the least time, multiples of `step`.
 
     Dynamic programming over the end of a slice, for each bound on the longest of them (Li et al. 2021,
-    arXiv:2102.07988, section 3.3): the time is sum(cost of each) + (stages - 1) max(cost of any).
+    arXiv:2102.07988, section 3.3): the time is sum(cost of each) + (stages - 1) max(cost of any). It stands alone:
+    nothing but tests calls it, as the slices of a run are equally long.
 
     Args:
       cost: time of one stage for a slice, of (its length, tokens before it).

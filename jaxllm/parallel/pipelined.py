@@ -137,6 +137,7 @@ class Carry(NamedTuple):
     inputs: Array  # by slot: activations that wait
     gradients: Array  # by slot: gradients that wait
     kept: list[Array]  # by slot and group
+    ends: Array  # by slot: what the last stage's layers made, where B does not make it again
     waiting: list[Array]  # by slot and group
     past: PyTree  # by microbatch and group
     d_past: PyTree  # by group, of the microbatch on its way back
@@ -174,8 +175,9 @@ class Device:
             d_layers, d_shared = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), (self.layers, self.shared))
             d_past = jax.tree.map(lambda p: zeros(p, places), model.past)
         microbatches = 1 + int(self.program.cells[:, :, Cell._fields.index("unit")].max()) // model.slices
+        ends = zeros(x, slots.kept if self.trains and not self.program.recompute else 0)
         return Carry(
-            zeros(x), zeros(x), zeros(x), zeros(x, slots.input), zeros(x, slots.gradient), kept, waiting,
+            zeros(x), zeros(x), zeros(x), zeros(x, slots.input), zeros(x, slots.gradient), kept, ends, waiting,
             jax.tree.map(lambda p: zeros(p, microbatches, places), model.past), d_past, d_layers, d_shared,
             jax.tree.map(zeros, self.sums),
         )  # fmt: skip
@@ -206,10 +208,7 @@ class Device:
     # --- what a tick may hold ----------------------------------------------------------------------------------------
 
     def forward(self, cell: Cell, carry: Carry) -> Carry:
-        run, at_end = (
-            functools.partial(self.run_layers, keep=self.trains and not self.program.recompute),
-            cell.stage == self.last,
-        )
+        run, at_end = self.run_layers, cell.stage == self.last
 
         def measured(cell: Cell, sums: PyTree) -> PyTree:
             return jax.tree.map(jnp.add, sums, self.model.last(self.shared, carry.x, self.unit(cell))[1])
@@ -217,13 +216,18 @@ class Device:
         if not self.trains:
             carry = run(cell, carry)
             return carry._replace(sums=when(LAST, at_end, measured, cell, carry.sums))
-        # The last stage goes forward as it goes backward; but for slices of tokens, which look at those before them.
-        return run(cell, carry) if self.model.slices > 1 else when(NOT_LAST, ~at_end, run, cell, carry)
+        if self.program.recompute:
+            # The last stage goes forward as it goes backward; but for slices of tokens, which look at those before.
+            return run(cell, carry) if self.model.slices > 1 else when(NOT_LAST, ~at_end, run, cell, carry)
+        carry = run(cell, carry, keep=True)
+        keep_end = lambda cell, ends: written(ends, carry.x, cell.kept)
+        return carry._replace(ends=when(LAST, at_end, keep_end, cell, carry.ends))
 
     def backward(self, cell: Cell, carry: Carry) -> Carry:
-        model = self.model
-        run, at_end = functools.partial(self.run_layers, keep=True), cell.stage == self.last
-        carry = run(cell, carry) if self.program.recompute else when(LAST, at_end, run, cell, carry)
+        model, at_end = self.model, cell.stage == self.last
+        if self.program.recompute:
+            carry = self.run_layers(cell, carry, keep=True)
+        end = carry.x if self.program.recompute else read(carry.ends, cell.kept)
 
         def loss(cell: Cell, c: PyTree) -> PyTree:
             x, d_shared, sums = c
@@ -232,7 +236,7 @@ class Device:
             more, dy = pull(jnp.float32(1))
             return model.settle(dy), self.add_shared(d_shared, more), jax.tree.map(jnp.add, sums, new)
 
-        y = jnp.where(at_end, carry.x, read(carry.gradients, cell.gradient))
+        y = jnp.where(at_end, end, read(carry.gradients, cell.gradient))
         dy, d_shared, sums = when(LAST, at_end, loss, cell, (y, carry.d_shared, carry.sums))
         carry = self.run_layers_back(cell, carry._replace(x=dy, d_shared=d_shared, sums=sums))
 
@@ -259,7 +263,7 @@ class Device:
 
     # --- the layers of a stage ---------------------------------------------------------------------------------------
 
-    def run_layers(self, cell: Cell, carry: Carry, *, keep: bool) -> Carry:
+    def run_layers(self, cell: Cell, carry: Carry, *, keep: bool = False) -> Carry:
         """The stage forward; `keep` what its gradient needs."""
         model, unit = self.model, self.unit(cell)
         context, base = model.context(unit), cell.chunk * self.stages.places

@@ -84,10 +84,17 @@ class Job(NamedTuple):
     optimizer_bytes: float = 8.0  # of its optimizer state
     compute_bytes: float = 2.0  # of an activation, and of a weight in a product
     speed: float = 1.0  # of products, as a multiple of the chip's 16-bit peak: 2 with 8-bit numbers
+    ramp: tuple[int, ...] = ()  # rows of the smaller steps at the start
+    weights_on_host: bool = False  # whether they wait in host memory between steps
 
     @property
     def tokens(self) -> int:
         return self.rows * self.sizes.length
+
+    @property
+    def unit(self) -> int:
+        """Rows that those of every step are a multiple of: what divides them divides all steps."""
+        return math.gcd(self.rows, *self.ramp)
 
 
 # --- what the backward pass keeps ------------------------------------------------------------------------------------
@@ -184,7 +191,6 @@ class Plans:
     slices: int = 1  # of tokens, that a microbatch is cut into on its way through a pipeline
     across: str | None = None  # mesh axis over the slices of a topology; None: data, pipe or fsdp, the first that can
     crossing: float = 1.0  # what crosses `data` in a step, of what gradients at every microbatch would be
-    parameters_on_host: bool = False
 
     CHOICES = (
         "data", "pipe", "fsdp", "context", "tensor", "zero", "norm_seq", "ulysses", "schedule", "chunks", "accumulate",
@@ -341,9 +347,9 @@ def memory(job: Job, p: Plans) -> Memory:
     late = 4 * s.embed / cut + (2 * s.queries + 2 * s.keys + (s.ups + 1) * s.wide * s.used) / p.tensor
     late = late * here * np.where((p.schedule == 3) & (p.pipe > 1), p.pipe, 0)
     return Memory(
-        parameters=from_stage(3) * job.weight_bytes * (not p.parameters_on_host),
+        parameters=from_stage(3) * job.weight_bytes * (not job.weights_on_host),
         optimizer=from_stage(1) * job.optimizer_bytes * (1 - p.offload),
-        cast=from_stage(3) * (b if b != job.weight_bytes else 0),
+        cast=from_stage(3) * (b if b != job.weight_bytes or job.weights_on_host else 0),
         activations=(kept * layers + inputs + late) * b * micro / p.slices,
         gradients=from_stage(2) * np.where(p.accumulate > 1, 4 + b, b),
         layer=inside * b * micro / p.slices + 1.5 * gathered * b,
@@ -441,7 +447,7 @@ def work(job: Job, on: Topology, p: Plans) -> Work:
     # Stages shift on every tick, forward and backward.
     pipe = (p.pipe > 1) * 2 * p.chunks * (m + p.pipe - 1) * net.pipe.shift(stream / cut)
     host = m * here * 2 * (again.host_stream / cut + again.host_wide / t) * micro * b
-    host = host + 2 * own * (job.optimizer_bytes * p.offload + job.weight_bytes * p.parameters_on_host)
+    host = host + 2 * own * (job.optimizer_bytes * p.offload + job.weight_bytes * job.weights_on_host)
 
     # ZB-H1 idles for F + B - W of F + B + W (arXiv:2401.10241, table 1), where B may hold another F.
     idle = np.select([p.schedule == 2, p.schedule == 3], [1 / p.chunks, forward / (2 + forward)], 1 / p.slices)

@@ -84,8 +84,11 @@ def summary(plan: Plan) -> str:
     if cfg.accumulate > 1:
         rest.append(f"{cfg.accumulate} microbatches")
     rest.append(remat_in_words(cfg.remat))
-    if cfg.offload.optimizer:
-        rest.append("optimizer on the host")
+    waiting = [
+        name for name, waits in (("optimizer", cfg.offload.optimizer), ("weights", cfg.offload.parameters)) if waits
+    ]
+    if waiting:
+        rest.append(f"{' and '.join(waiting)} on the host")
     return f"{mesh_in_words(cfg)}; {', '.join(rest)}"
 
 
@@ -152,9 +155,20 @@ class Change:
 
 
 def changes(cfg: RunConfig, found: Found, reached: Calibration | None = None) -> list[Change]:
-    """What one change would bring, each with a search of its own among the best meshes; the most helpful first."""
+    """What one change would bring, the most helpful first: the formulas' best plan with it, beside that without it.
+
+    Both are sought among the best meshes, but for those of plans that were compiled and dropped.
+    """
     on, reached = found.on, reached or calibration(found.on)
-    chip = on.chip
+    chip, dropped = on.chip, [plan.mesh for plan in found.dropped]
+    among = [mesh for mesh in found.meshes if mesh not in dropped]
+    if not among:
+        return []
+
+    def best(run: RunConfig, on: Topology) -> tuple[float, Plan]:
+        """Seconds a token, and the plan."""
+        new = search(run, on, length=found.job.sizes.length, reached=reached, keep=1, among=among)
+        return new.best.expected / new.job.tokens, new.best
 
     def with_chip(**better: Any) -> Topology:
         return on._replace(chip=chip._replace(**better))
@@ -170,14 +184,13 @@ def changes(cfg: RunConfig, found: Found, reached: Calibration | None = None) ->
         wider = chip.network._replace(bandwidth=2 * chip.network.bandwidth)
         trials.append((f"twice the network between {on.group}s", cfg, with_chip(network=wider)))
     trials.append(("twice the rows of a batch", cfg.model_copy(update={"batch": 2 * cfg.batch}), on))
-    made = []
-    now = found.best.estimate.time.expected[0] / found.job.tokens
+    made, (now, _) = [], best(cfg, on)
     for what, run, other in trials:
         try:
-            best = search(run, other, length=found.job.sizes.length, reached=reached, keep=1, among=found.meshes)
+            then, plan = best(run, other)
         except UserError:
             continue
-        made.append(Change(what, 1 - best.best.expected / best.job.tokens / float(now), best.best))
+        made.append(Change(what, 1 - then / now, plan))
     return sorted(made, key=lambda change: -change.gain)
 
 

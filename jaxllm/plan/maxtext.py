@@ -34,16 +34,15 @@ LLAMA2 = {
     },
     "optimizer": {"kind": "adamw", "learning_rate": 3e-4},
 }  # fmt: skip
-# configs/tpu/v5e/llama2_7b.sh of MaxText 0.2.5
-V5E = " ".join(
-    f"--{flag}=true"
-    for flag in (
-        "xla_tpu_enable_data_parallel_all_reduce_opt", "xla_tpu_data_parallel_opt_different_sized_ops",
-        "xla_tpu_enable_async_collective_fusion", "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-        "xla_tpu_enable_async_collective_fusion_multiple_steps", "xla_tpu_overlap_compute_collective_tc",
-        "xla_enable_async_all_gather",
-    )
-)  # fmt: skip
+# The libtpu flags of MaxText 0.2.5's own scripts: configs/tpu/v5e/llama2_7b.sh and v6e/llama2_7b_4096.sh. That for v5p
+# has a flag which its libtpu refuses.
+BOTH = (
+    "--xla_enable_async_all_gather=true --xla_tpu_overlap_compute_collective_tc=true "
+    "--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_multiple_steps=true "
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
+)
+V5E = f"{BOTH} --xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true"
+V6E = f"{BOTH} --xla_tpu_scoped_vmem_limit_kib=98304"
 LLAMA3 = (
     "model.vocab=128256", "model.block.attention.num_kv_heads=8", "model.block.ffn.mlp=14336",
     "model.position.theta=500000",
@@ -53,13 +52,14 @@ CASES = {
     "llama2-7b_v5e-256": Case(
         "v5e-256", 4, 2048, ("remat=[q, k, v]",), ("model_name=llama2-7b", "remat_policy=save_qkv_proj"), V5E
     ),
-    "llama2-7b_v5e-256_full": Case("v5e-256", 4, 2048, ("remat=full",), ("model_name=llama2-7b", "remat_policy=full")),
-    # MaxText's script for v5p has a flag that its libtpu refuses: without flags
+    "llama2-7b_v5e-256_full": Case(
+        "v5e-256", 4, 2048, ("remat=full",), ("model_name=llama2-7b", "remat_policy=full"), V5E
+    ),
     "llama2-7b_v5p-128": Case(
         "v5p-128", 4, 4096, ("remat=[q, k, v, residual, gate, up]",), ("model_name=llama2-7b", "remat_policy=minimal")
     ),
     "llama3-8b_v6e-256": Case(
-        "v6e-256", 2, 8192, (*LLAMA3, "remat=full"), ("model_name=llama3-8b", "remat_policy=full")
+        "v6e-256", 2, 8192, (*LLAMA3, "remat=full"), ("model_name=llama3-8b", "remat_policy=full"), V6E
     ),
 }
 

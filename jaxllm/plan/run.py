@@ -86,7 +86,7 @@ def plan(cfg: RunConfig, asked: Asked = Asked(), file: Path | None = None) -> di
         proof = _prove(cfg, on, f"compiling the training step for {on} ...")
     prediction = predict(cfg, on, proof)
     cost = training_cost(
-        prediction, float(cfg.steps * cfg.batch * cfg.model.context) if asked.tokens is None else asked.tokens,
+        prediction, float(cfg.batch_rows(cfg.steps)[0] * cfg.model.context) if asked.tokens is None else asked.tokens,
         price_per_chip_hour=asked.price, pue=asked.pue, grid_g_per_kwh=asked.grid, watts=asked.watts,
     )  # fmt: skip
     count = parameters(cfg.model)

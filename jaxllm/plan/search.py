@@ -9,7 +9,7 @@ only where it may still be among the best. Of 7.6 million plans for 7B on 256 ch
 in tests/plan/test_search: simulated annealing with FlexFlow's moves (Jia et al. 2018, arXiv:1807.05358: one choice
 drawn anew) nearly always finds the same plan after some thousand proposals, and takes longer. `anneal` is for spaces
 beyond LIMIT. Alpa's integer program (Zheng et al. 2022, arXiv:2201.12023) pays where each operator chooses for itself;
-here one choice goes for all layers, and its dynamic program over stages is in `stages`.
+here one choice goes for all layers, and all stages of a pipeline have equally many.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import numpy as np
 from jaxllm.core.config import merge, parse
 from jaxllm.core.errors import ConfigError, UserError
 from jaxllm.models.config import Keep, Remat
-from jaxllm.parallel.config import Mesh, axis_names
+from jaxllm.parallel.config import Mesh, Pipeline, Ring, axis_names
 from jaxllm.plan.analytic import (
     ATTENTION,
     POLICIES,
@@ -66,7 +66,7 @@ def job_of(cfg: RunConfig, length: int | None = None) -> Job:
     half = cfg.precision.kind != "float32"
     return Job(
         sizes(cfg.model, length or cfg.model.context), cfg.batch, optimizer_bytes=state,
-        compute_bytes=2.0 if half else 4.0,
+        compute_bytes=2.0 if half else 4.0, ramp=cfg.ramp_sizes()[:-1], weights_on_host=cfg.offload.parameters,
     )  # fmt: skip
 
 
@@ -77,19 +77,16 @@ def plans_of(cfg: RunConfig, on: Topology) -> Plans:
       ConfigError: its mesh does not fit the topology, or does not divide the model or its batch.
     """
     mesh = cfg.mesh.resolve(on.devices)
-    if problems := _undivided(cfg, mesh, on):
+    if problems := _refusals(cfg, mesh, on):
         raise ConfigError("; ".join(problems))
-    s = cfg.sharding
+    s, pipe = cfg.sharding, cfg.pipeline if mesh.pipe > 1 else Pipeline(recompute=False)
     shared = [getattr(s, part).embed is not None for part in ("optimizer", "gradients", "parameters")]
-    schedule = cfg.pipeline.schedule.kind
     return Plans.one(
         kept(cfg.remat), data=mesh.data * mesh.expert, pipe=mesh.pipe, fsdp=mesh.fsdp, context=mesh.context,
         tensor=mesh.tensor, zero=sum(shared), norm_seq=int("tensor" in axis_names(s.activations.norm_seq)),
-        ulysses=int(cfg.context.kind == "ulysses"), schedule=SCHEDULES.index(schedule), chunks=cfg.pipeline.chunks,
-        accumulate=cfg.accumulate, recompute=int(mesh.pipe > 1 and cfg.pipeline.recompute),
-        offload=int(cfg.offload.optimizer), slices=cfg.pipeline.slices if mesh.pipe > 1 else 1,
-        across=mesh.across if on.slices > 1 else None, crossing=_crossing(cfg),
-        parameters_on_host=cfg.offload.parameters,
+        ulysses=int(cfg.context.kind == "ulysses" and mesh.context > 1), schedule=SCHEDULES.index(pipe.schedule.kind),
+        chunks=pipe.chunks, accumulate=cfg.accumulate, recompute=int(pipe.recompute), slices=pipe.slices,
+        offload=int(cfg.offload.optimizer), across=mesh.across if on.slices > 1 else None, crossing=_crossing(cfg),
     )  # fmt: skip
 
 
@@ -103,31 +100,48 @@ def _crossing(cfg: RunConfig) -> float:
     return 1.0
 
 
-def _undivided(cfg: RunConfig, mesh: Mesh, on: Topology) -> list[str]:
-    """What does not divide over the mesh, in words; training would refuse it."""
-    s, weights, flow = job_of(cfg).sizes, cfg.sharding.parameters, cfg.sharding.activations
-    micro = cfg.batch // cfg.accumulate
+def _refusals(cfg: RunConfig, mesh: Mesh, on: Topology) -> list[str]:
+    """Why training would refuse the mesh, in words."""
+    own, s, flow = cfg.model_copy(update={"mesh": mesh}), job_of(cfg).sizes, cfg.sharding.activations
+    slices = cfg.pipeline.slices if mesh.pipe > 1 else 1
+    shares = math.prod(getattr(mesh, axis) for axis in own.sharing_rows)
+    over_batch = math.prod(getattr(mesh, axis) for axis in axis_names(flow.batch))
+    rows = next((n for n in cfg.ramp_sizes() if n // cfg.accumulate % over_batch), cfg.batch)
+    micro, row = rows // cfg.accumulate, f"model.context={s.length}"
     sides = [
-        (f"batch={cfg.batch} in accumulate={cfg.accumulate} parts of {micro} rows", micro, flow.batch),
-        (f"model.context={s.length}", s.length, flow.seq), (f"model.vocab={s.vocab}", s.vocab, weights.vocab),
-        (f"num_heads={s.heads}", s.heads, weights.heads), (f"num_kv_heads={s.kv_heads}", s.kv_heads, weights.kv_heads),
-        (f"ffn.mlp={s.mlp}", s.mlp, weights.mlp), (f"model.embed={s.embed}", s.embed, weights.embed),
+        (f"a batch of {rows} rows in accumulate={cfg.accumulate} parts of {micro}", micro, flow.batch),
+        (row, s.length, flow.seq),
+        (row if slices == 1 else f"{row} in {slices} slices", s.length // slices, flow.norm_seq),
     ]  # fmt: skip
+    for weights in (cfg.sharding.parameters, cfg.sharding.gradients, cfg.sharding.optimizer):
+        sides += [
+            (f"model.vocab={s.vocab}", s.vocab, weights.vocab), (f"num_heads={s.heads}", s.heads, weights.heads),
+            (f"num_kv_heads={s.kv_heads}", s.kv_heads, weights.kv_heads), (f"ffn.mlp={s.mlp}", s.mlp, weights.mlp),
+            (f"model.embed={s.embed}", s.embed, weights.embed),
+        ]  # fmt: skip
     found = []
-    for what, size, axes in sides:
+    for what, size, axes in dict.fromkeys(sides):
         over = [axis for axis in axis_names(axes) if getattr(mesh, axis) > 1]
-        shares = math.prod(getattr(mesh, axis) for axis in over)
-        if size % shares:
+        devices = math.prod(getattr(mesh, axis) for axis in over)
+        if size % devices:
             found.append(
-                f"{what} does not divide over mesh axis {' x '.join(over)} of {shares} devices; change one of them"
+                f"{what} does not divide over mesh axis {' x '.join(over)} of {devices} devices; change one of them"
             )
+    causal = all(block.attention.mask.causal for block in cfg.model.blocks)
+    if isinstance(cfg.context, Ring) and cfg.context.balanced and causal and shares > 1 and s.length % (2 * shares):
+        found.append(
+            f"{row} does not divide into 2 x {shares} chunks, two for each share of a balanced ring; "
+            f"make it a multiple of {2 * shares}, or set context={{kind: ring, balanced: false}}"
+        )
+    if s.length % slices:
+        found.append(f"{row} does not divide into pipeline.schedule.slices={slices}; change one")
     span = getattr(mesh, mesh.across)
     if on.slices > 1 and on.chip.platform == "tpu" and span % on.slices:
         found.append(
             f"mesh.{mesh.across}={span} does not divide over the {on.slices} slices of {on.name}; make it a multiple "
             f"of {on.slices}, or let mesh.across name an axis that is one"
         )
-    return found + cfg.not_pipelined(mesh.pipe)
+    return found + own.unsupported()
 
 
 # --- the space -------------------------------------------------------------------------------------------------------
@@ -184,13 +198,14 @@ def meshes(job: Job, on: Topology) -> Iterator[dict[str, int]]:
             if s.length % (2 * context):
                 continue
             for pipe in _divisors(n // tensor // context):
-                if s.groups % pipe:
+                # Configs refuse stages where weights wait in host memory.
+                if s.groups % pipe or (pipe > 1 and job.weights_on_host):
                     continue
                 left = n // tensor // context // pipe
                 for fsdp in _divisors(left):
                     data = left // fsdp
                     slow = on.slices > 1 and on.chip.platform == "tpu"
-                    if job.rows % left or job.rows // left < pipe:  # rows of a device: at least a microbatch a stage
+                    if job.unit % left or job.unit // left < pipe:  # rows of a device: at least a microbatch a stage
                         continue
                     if slow and all(size % on.slices for size in (data, pipe, fsdp)):
                         continue
@@ -205,7 +220,7 @@ def of_mesh(job: Job, on: Topology, mesh: dict[str, int], choices: Remats) -> Pl
     """Every plan on a mesh."""
     s, pipe = job.sizes, mesh["pipe"]
     shared, across = mesh["fsdp"] * mesh["context"], mesh["context"] * mesh["tensor"]
-    rows = job.rows // (mesh["data"] * mesh["fsdp"])
+    rows = job.unit // (mesh["data"] * mesh["fsdp"])
     schedules = [(SCHEDULES.index("1f1b"), 1)]
     if pipe > 1:
         cuts = [c for c in CHUNKS if s.groups % (pipe * c) == 0]
@@ -344,9 +359,12 @@ def search(
         raise UserError(_nothing_fits(job, on, space.smallest))
     best, estimated, exact = _best_of_meshes(space, job, on, choices, reached, keep)
     if not exact:
-        _keep_best(best, job, on, anneal(job, on, choices, reached), reached)
+        _keep_best(best, job, on, _fitting(job, on, anneal(job, on, choices, reached, among)), reached)
     if not best:
-        raise UserError(_nothing_fits(job, on, space.smallest))
+        raise UserError(
+            f"no plan for {on.name} that annealing tried fits, and {space.seen:,} are too many to try all; take more "
+            "chips or a smaller batch"
+        )
     ranked: list[Plan] = []
     refused: set[tuple] = set()
     for _, plans in sorted(best.values(), key=lambda v: v[0]):
@@ -410,7 +428,7 @@ def _best_of_meshes(
         estimated += len(plans)
         if estimated > LIMIT:
             return best, estimated, False
-        _keep_best(best, job, on, plans.take(memory(job, plans).peak <= HEADROOM * on.chip.device_hbm), reached)
+        _keep_best(best, job, on, _fitting(job, on, plans), reached)
         for i in some:
             reach[mesh[i]] = best.get(tuple(sizes_[i].tolist()), (math.inf,))[0]
     return best, estimated, True
@@ -422,6 +440,11 @@ def _under_all(rows: Plans, choices: Remats) -> Plans:
     plans = rows.take(np.repeat(np.arange(len(rows)), n))
     plans = dataclasses.replace(plans, remat=np.tile(np.arange(n), len(rows)), policies=choices.policies)
     return plans.take((plans.pipe == 1) | ~_on_host(plans))
+
+
+def _fitting(job: Job, on: Topology, plans: Plans) -> Plans:
+    """Those predicted to fit."""
+    return plans.take(memory(job, plans).peak <= HEADROOM * on.chip.device_hbm)
 
 
 def _keep_best(best: dict, job: Job, on: Topology, plans: Plans, reached: Calibration) -> None:
@@ -443,14 +466,15 @@ def scores(job: Job, on: Topology, plans: Plans, reached: Calibration) -> np.nda
 
 
 def anneal(
-    job: Job, on: Topology, choices: Remats, reached: Calibration, steps: int = 300, chains: int = 32, seed: int = 0
-) -> Plans:
+    job: Job, on: Topology, choices: Remats, reached: Calibration, among: Sequence[dict[str, int]] | None = None,
+    steps: int = 300, chains: int = 32, seed: int = 0,
+) -> Plans:  # fmt: skip
     """One plan, by simulated annealing: a choice drawn anew, taken if better or, while it is hot, if little worse.
 
     The moves are FlexFlow's (arXiv:1807.05358, section 6.2). Chains walk side by side, since estimates come in arrays.
-    Plans that do not fit cost what they lack.
+    Plans that do not fit cost what they lack; where none was met that does, the one returned does not either.
     """
-    rng, all_meshes = np.random.default_rng(seed), list(meshes(job, on))
+    rng, all_meshes = np.random.default_rng(seed), list(meshes(job, on) if among is None else among)
     limit = HEADROOM * on.chip.device_hbm
     own = [name for name in Plans.CHOICES if name not in AXES]
     known = functools.cache(lambda number: of_mesh(job, on, all_meshes[number], choices))
@@ -496,8 +520,8 @@ def overrides_of(plans: Plans, on: Topology, choices: Remats) -> dict[str, Any]:
     sharding: dict[str, Any] = {"preset": ("ddp", "zero1", "zero2", "zero3")[one["zero"]]}
     sharding["activations"] = {"norm_seq": ["context", "tensor"] if one["norm_seq"] else "context"}
     schedule: dict[str, Any] = {"kind": SCHEDULES[one["schedule"]]}
-    if schedule["kind"] == "interleaved":
-        schedule["chunks"] = one["chunks"]
+    # What a kind has is said: it would else stay as a config of the same kind has it.
+    schedule |= {"gpipe": {"slices": plans.slices}, "interleaved": {"chunks": one["chunks"]}}.get(schedule["kind"], {})
     remat = choices.values[one["remat"]]
     blocks = {
         "topology": on.name, "mesh": {"expert": 1} | mesh, "sharding": sharding, "accumulate": one["accumulate"],
@@ -536,24 +560,28 @@ def configured(
 def _accepted(
     cfg: RunConfig, job: Job, on: Topology, plans: Plans, choices: Remats, reached: Calibration, refused: set[tuple]
 ) -> Plan | None:
-    """The plan, or the best on its mesh whose combination of parts the config takes; adds to those it refuses."""
-    if _parts(plans)[0] not in refused:
-        if plan := configured(cfg, job, on, plans, choices, reached):
-            return plan
-        refused.add(_parts(plans)[0])
-    options = of_mesh(job, on, {axis: int(getattr(plans, axis)[0]) for axis in AXES}, choices)
-    options = options.take(memory(job, options).peak <= HEADROOM * on.chip.device_hbm)
-    parts = _parts(options)
-    for i in np.argsort(scores(job, on, options, reached), kind="stable") if len(options) else ():
+    """The plan, or the best on its mesh that the config takes."""
+    if plan := _fastest(cfg, job, on, plans, choices, reached, refused):
+        return plan
+    options = _fitting(job, on, of_mesh(job, on, {axis: int(getattr(plans, axis)[0]) for axis in AXES}, choices))
+    return _fastest(cfg, job, on, options, choices, reached, refused)
+
+
+def _fastest(
+    cfg: RunConfig, job: Job, on: Topology, plans: Plans, choices: Remats, reached: Calibration, refused: set[tuple]
+) -> Plan | None:
+    """The best of the plans whose combination of parts the config takes; adds to those it refuses."""
+    parts = _parts(plans)
+    for i in np.argsort(scores(job, on, plans, reached), kind="stable") if len(plans) else ():
         if parts[i] not in refused:
-            if plan := configured(cfg, job, on, options.take(np.array([i])), choices, reached):
+            if plan := configured(cfg, job, on, plans.take(np.array([i])), choices, reached):
                 return plan
             refused.add(parts[i])
     return None
 
 
 def _parts(p: Plans) -> list[tuple]:
-    """Of each plan, what combinations are refused for."""
+    """Of each plan, what combinations are refused for; not for `accumulate`, which divides all batches."""
     on = [getattr(p, axis) > 1 for axis in AXES]
     chosen = (*on, p.zero, p.norm_seq, p.ulysses, p.schedule, p.recompute, p.offload, _on_host(p))
     return list(zip(*(x.tolist() for x in chosen)))
@@ -610,10 +638,7 @@ def _smaller(
     plans = of_mesh(found.job, found.on, plan.mesh, choices)
     peak = memory(found.job, plans).peak
     plans = plans.take((peak * factor <= found.on.chip.device_hbm) & (peak < 0.98 * plan.peak))
-    if not len(plans):
-        return None
-    score = scores(found.job, found.on, plans, reached)
-    return configured(cfg, found.job, found.on, plans.take(np.array([score.argmin()])), choices, reached)
+    return _fastest(cfg, found.job, found.on, plans, choices, reached, set())
 
 
 # --- when there is none ----------------------------------------------------------------------------------------------
@@ -621,8 +646,9 @@ def _smaller(
 
 def _no_mesh(job: Job, on: Topology) -> str:
     s = job.sizes
+    rows = f"{job.rows} rows, with those of the ramp multiples of {job.unit}," if job.ramp else f"{job.rows} rows"
     return (
-        f"no mesh of {on.devices} devices divides this run: {job.rows} rows of {s.length} tokens, {s.groups} layer "
+        f"no mesh of {on.devices} devices divides this run: {rows} of {s.length} tokens, {s.groups} layer "
         f"groups, {s.heads} heads and {s.kv_heads} key-value heads; a batch of {on.devices} rows, or a multiple, does"
     )
 

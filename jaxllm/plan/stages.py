@@ -1,4 +1,8 @@
-"""Where to cut layers into the stages of a pipeline, exactly, by dynamic programming. No JAX here."""
+"""Where to cut layers into the stages of a pipeline, exactly, by dynamic programming. No JAX here.
+
+It stands alone: nothing but tests calls it. `search` and the formulas know equal stages only, and a mesh gives all
+stages equally many devices; `balanced` is for who sets `pipeline.stages`, which a compiled plan counts as they are.
+"""
 
 import itertools
 import math

@@ -5,12 +5,13 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 
 from jaxllm import cli, verbs
 from jaxllm.core import config
-from jaxllm.core.errors import UserError
+from jaxllm.core.errors import ConfigError, UserError
 from jaxllm.models.config import Keep
 from jaxllm.plan import compiled, explain, run
 from jaxllm.plan.analytic import memory
@@ -18,6 +19,7 @@ from jaxllm.plan.run import Asked, plan
 from jaxllm.plan.search import HEADROOM, job_of, plans_of, search
 from jaxllm.plan.topology import Topology, topology
 from jaxllm.train.config import RunConfig
+from jaxllm.train.step import check_batches, set_up
 from tests.train.test_step import ADAMW, run_config
 
 SHIPPED = Path(__file__).parents[2] / "configs/train"
@@ -66,6 +68,13 @@ def test_formulas_and_proof_count_the_same_flops_of_the_model():
     assert plan(SMALL, FORMULAS)["model_flops"] == pytest.approx(proof().model_flops)
 
 
+def test_the_tokens_of_a_ramp_are_those_it_feeds():
+    cfg = run_config(ADAMW, "mesh.fsdp=4", "topology=cpu-4", "batch=16", "ramp={start: 4, increment: 4, steps: 6}")
+    fed = 2 * 4 + 2 * 8 + 2 * 12 + 4 * 16  # rows of its ten steps
+    assert [cfg.batch_rows(k)[1] for k in range(10)] == [4, 4, 8, 8, 12, 12, 16, 16, 16, 16]
+    assert plan(cfg, FORMULAS)["training"]["tokens"] == 16 * fed
+
+
 @pytest.mark.parametrize(
     ("n", "said"),
     [(12, "12"), (3.72e6, "3.72M"), (999.6e3, "1M"), (6.738e9, "6.74B"), (540.35e9, "540B"), (1.5e16, "1.5e+04T")],
@@ -107,6 +116,64 @@ def test_what_cannot_be_planned_is_one_message_and_no_file(small, tmp_path, caps
     said = capsys.readouterr()
     assert said.err.startswith(told) and said.err.count("\n") == 1 and "compiling" not in said.out
     assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["mesh.context=4", "model.context=12"], "model.context=12 does not divide into 2 x 4 chunks, two for each"),
+        (
+            ["mesh.tensor=4", "sharding={activations: {norm_seq: [context, tensor]}}", "model.context=18",
+             "model.block.attention={num_heads: 4, num_kv_heads: 4}"],
+            "model.context=18 does not divide over mesh axis tensor of 4",
+        ),
+        (["mesh.context=-1", "model.dropout.attention=0.1"], "model.dropout.attention=0.1 with mesh.context=4"),
+        (
+            ["mesh.context=-1", "context=ulysses", "model.block.attention={num_heads: 6, head_dim: 8}"],
+            "num_heads=6 does not divide over mesh axes context of 4",
+        ),
+        (["mesh={data: -1, fsdp: 4}", "outer={kind: local_sgd}"], "outer=local_sgd with mesh.data=1"),
+        (
+            ["mesh.fsdp=4", "batch=16", "accumulate=2", "ramp={start: 4, increment: 4, steps: 5}"],
+            "a batch of 4 rows in accumulate=2 parts of 2 does not divide over mesh axis fsdp of 4",
+        ),
+        (
+            ["mesh.fsdp=4", "sharding=zero1", "model.embed=34", "model.block.attention.head_dim=8"],
+            "model.embed=34 does not divide over mesh axis fsdp of 4",
+        ),
+        (
+            ["mesh.pipe=2", "mesh.tensor=2", "accumulate=2", "pipeline.schedule={kind: gpipe, slices: 2}",
+             "sharding={activations: {norm_seq: [context, tensor]}}", "model.context=18"],
+            "model.context=18 in 2 slices does not divide over mesh axis tensor of 2",
+        ),
+        (
+            ["mesh={data: 2, pipe: 2, fsdp: 1}", "accumulate=2", "pipeline.schedule={kind: gpipe, slices: 2}",
+             "model.context=15"],
+            "model.context=15 does not divide into pipeline.schedule.slices=2",
+        ),
+    ],
+)  # fmt: skip
+def test_a_plan_refuses_what_training_refuses_on_the_same_devices(overrides, told):
+    cfg = run_config(ADAMW, *overrides)
+    with pytest.raises(ConfigError):
+        check_batches(set_up(cfg, jax.devices()[:4]), cfg.model.context)
+    with pytest.raises(ConfigError, match=told):
+        plans_of(cfg, topology("cpu-4"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["mesh.context=4", "model.context=12", "context={kind: ring, balanced: false}"],
+        ["mesh.context=4", "model.context=12", "model.block.attention.mask=full"],
+        ["mesh.tensor=2", "mesh.data=2", "sharding={activations: {norm_seq: [context, tensor]}}", "model.context=18"],
+        ["mesh.fsdp=4", "batch=16", "ramp={start: 4, increment: 4, steps: 5}"],
+    ],
+)
+def test_a_plan_takes_what_training_takes(overrides):
+    cfg = run_config(ADAMW, *overrides)
+    check_batches(set_up(cfg, jax.devices()[:4]), cfg.model.context)
+    plans_of(cfg, topology("cpu-4"))
 
 
 @pytest.mark.parametrize("given", [{"price": 0.0}, {"grid": 0.0}, {"pue": 1.0}, {"tokens": 1e30}, {"watts": 1e30}])
