@@ -220,16 +220,23 @@ class Placed:
     def _scattered(self, x: Array, dim: int, names: tuple[str, ...]) -> Array:
         """Summed over mesh axes, each device keeping its share of one dimension.
 
-        On a TPU that dimension is outermost in memory meanwhile: over rings of eight libtpu (0.0.42) all-reduces where
-        it lies along the lanes.
+        libtpu (0.0.42) all-reduces where shares lie along the lanes and are no whole tiles of its matrix unit. A matrix
+        cut along its rows, its columns in lots of 128, it reduce-scatters as asked; on v6e shares of no multiple of
+        256 must be laid out so instead (which costs 2 to 4 % of the cycles on v5e).
         """
         x = jax.numpy.moveaxis(x, dim, 0)
+        rows, *rest = x.shape
         if dim and self.platform == "tpu":
-            x = with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+            ring = ring_groups(self.mesh, names[0])[0]
+            share = rows // (len(ring[0]) if ring else self.mesh.shape[names[0]])
+            if self.mesh.devices.flat[0].device_kind == "TPU v6 lite" and share % (2 * LANES):
+                x = with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+            elif len(rest) == 1 and rest[0] % LANES == 0:
+                x = x.reshape(rows, -1, LANES)
         for n in names:
             for groups in ring_groups(self.mesh, n):
                 x = jax.lax.psum_scatter(x, n, axis_index_groups=groups, tiled=True)
-        return jax.numpy.moveaxis(x, 0, dim)
+        return jax.numpy.moveaxis(x.reshape(x.shape[0], *rest), 0, dim)
 
     def _summed(self, x: Array, axes: set[str]) -> Array:
         names = tuple(n for n in self.mesh.axis_names if n in axes)
@@ -267,6 +274,7 @@ def ring_groups(mesh: jax.sharding.Mesh, axis: str) -> list[list[list[int]] | No
     return [np.moveaxis(ids, k, -1).reshape(-1, size).tolist() for k, size in enumerate(sizes)]
 
 
+LANES = 128  # of a TPU's vector register
 RING, FEW = 16, 4  # chips that libtpu reduce-scatters over at once: of more, and if that is all
 
 

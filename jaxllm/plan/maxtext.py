@@ -34,15 +34,15 @@ LLAMA2 = {
     },
     "optimizer": {"kind": "adamw", "learning_rate": 3e-4},
 }  # fmt: skip
-# The libtpu flags of MaxText 0.2.5's own scripts: configs/tpu/v5e/llama2_7b.sh and v6e/llama2_7b_4096.sh. That for v5p
-# has a flag which its libtpu refuses.
-BOTH = (
-    "--xla_enable_async_all_gather=true --xla_tpu_overlap_compute_collective_tc=true "
+# The libtpu flags of MaxText 0.2.5's own scripts: configs/tpu/v5e/llama2_7b.sh and v6e/llama2_7b_4096.sh. On v6e its
+# libtpu refuses the fusion of asynchronous collectives, and of the script for v5p another: left out.
+OVERLAP = "--xla_enable_async_all_gather=true --xla_tpu_overlap_compute_collective_tc=true"
+V5E = (
+    f"{OVERLAP} --xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true "
     "--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_multiple_steps=true "
     "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
 )
-V5E = f"{BOTH} --xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true"
-V6E = f"{BOTH} --xla_tpu_scoped_vmem_limit_kib=98304"
+V6E = f"{OVERLAP} --xla_tpu_scoped_vmem_limit_kib=98304"
 LLAMA3 = (
     "model.vocab=128256", "model.block.attention.num_kv_heads=8", "model.block.ffn.mlp=14336",
     "model.position.theta=500000",
