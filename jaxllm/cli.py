@@ -50,7 +50,7 @@ def _config_verb(verb: str, argv: list[str]) -> None:
 
 
 def _generate(verb: str, argv: list[str]) -> None:
-    parser = _parser(verb, "CONFIG", "a YAML file, or the folder of a run or of one of its checkpoints")
+    parser = _parser(verb, "CONFIG", "a YAML file, or a model: a run, a checkpoint, a Hugging Face folder, a GGUF file")
     parser.add_argument("--fields", action="store_true", help="list every field of the config and stop")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="prompt=[TEXT]; more than once for a batch")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="max_new_tokens=N")

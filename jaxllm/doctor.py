@@ -249,7 +249,7 @@ def sinks_of(metrics: Metrics) -> Iterator[Finding]:
 
 def model_of(cfg: GenerateConfig) -> Finding:
     """Whether there is a checkpoint where a generate config says."""
-    from jaxllm.generate import checkpoint_of
+    from jaxllm.pretrained import checkpoint_of
     from jaxllm.train.checkpoint import stored_model
 
     try:

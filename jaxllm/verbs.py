@@ -48,9 +48,9 @@ def plan(config: str | Path | Config, *overrides: str, file: Path | None = None,
 
 
 def generate(config: str | Path | Config, *overrides: str) -> "list[jaxllm.inference.generate.Completion]":
-    """Completions of prompts, printed too; `config` is a GenerateConfig, or the folder of a run or of a checkpoint."""
+    """Completions of prompts, printed too; `config` is a GenerateConfig, or a model: a run, a folder, a GGUF file."""
     wanted = schema("generate")
-    if not isinstance(config, Config) and Path(config).is_dir():
+    if not isinstance(config, Config) and (Path(config).is_dir() or Path(config).suffix == ".gguf"):
         cfg = parse(wanted, {"model": str(config)}, overrides, name=f"generate {config}")
     else:
         cfg = resolve(wanted, config, overrides)

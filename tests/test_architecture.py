@@ -26,6 +26,7 @@ TOP = {
     "cli",
     "verbs",
     "generate",
+    "pretrained",
     "doctor",
     "bench",
     "__init__",

@@ -7,10 +7,11 @@ import pytest
 from jaxllm.core.errors import CheckpointError, ConfigError
 from jaxllm.data import tokenizers
 from jaxllm.data.config import ByteTokenizer
-from jaxllm.generate import load, run
+from jaxllm.generate import run
 from jaxllm.inference.config import GenerateConfig, Greedy, Sample
 from jaxllm.models.config import FFN, Attention, Block, DecoderConfig
 from jaxllm.models.module import create
+from jaxllm.pretrained import load
 from jaxllm.train.checkpoint import Checkpointer
 from jaxllm.train.config import Checkpoints
 

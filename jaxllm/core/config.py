@@ -170,7 +170,8 @@ def fields(schema: type[Config], prefix: str = "", _above: tuple[type, ...] = ()
             yield FieldDoc(path, _type_name(field.annotation), default, docs.get(name, ""))
             continue
         kinds = [_kind(t) for t in nested if _kind(t)]
-        yield FieldDoc(path, " | ".join(kinds) or nested[0].__name__, default, docs.get(name, ""))
+        shown = [*_plain_types(field.annotation), *(kinds or [nested[0].__name__])]
+        yield FieldDoc(path, " | ".join(shown), default, docs.get(name, ""))
         if not {schema, *_above}.isdisjoint(nested):  # a mask of masks: what is in a mask is listed above already
             continue
         for t in nested:
@@ -276,6 +277,15 @@ def _kind(schema: Any) -> str | None:
 
 def _configs(annotation: Any) -> list[type[Config]]:
     return [t for t in _leaf_types(annotation) if isinstance(t, type) and issubclass(t, Config)]
+
+
+def _plain_types(annotation: Any) -> list[str]:
+    """What may stand in place of the configs of a union."""
+    if typing.get_origin(annotation) is Annotated:
+        return _plain_types(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        return [name for member in typing.get_args(annotation) for name in _plain_types(member)]
+    return [] if annotation is type(None) or _configs(annotation) else [_type_name(annotation)]
 
 
 def _leaf_types(annotation: Any) -> list[Any]:

@@ -40,7 +40,7 @@ class GenerateConfig(Config):
     """`jaxllm generate`: completions of prompts."""
 
     version: int = Field(1, ge=1)  # of this config format
-    model: str  # a run folder or one of its checkpoints
+    model: str  # a run or one of its checkpoints, a Hugging Face folder, a GGUF file
     step: int | None = Field(None, ge=0)  # which checkpoint of a run; null: the newest
     prompt: tuple[str, ...] = Field(min_length=1)  # texts to continue, as one batch
     max_new_tokens: int = Field(64, gt=0)  # longest completion

@@ -71,20 +71,27 @@ def complete(
     *,
     stream: Stream,
     max_new_tokens: int,
+    start: Sequence[int] = (),
+    ends: Sequence[int] = (),
     sampling: Greedy | Sample | Beam = Greedy(),
     seed: int = 0,
     stop: Sequence[str] = (),
     stop_tokens: Sequence[str] = (),
     show: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
-    """`generate` for texts. Each starts as a training document does: with BOS, or EOS where there is no BOS."""
-    ends = [tokenizer.token_id(token) for token in stop_tokens]
-    if None in ends:
-        raise ConfigError(f"stop_tokens: the tokenizer has no token {stop_tokens[ends.index(None)]!r}")
-    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    prompts = [([] if first is None else [first]) + tokenizer.encode(text) for text in texts]
+    """`generate` for texts.
+
+    Args:
+      start: ids that each begins with, such as BOS.
+      ends: ids that end a completion, besides the tokenizer's own and `stop_tokens`.
+    """
+    named = [tokenizer.token_id(token) for token in stop_tokens]
+    if None in named:
+        raise ConfigError(f"stop_tokens: the tokenizer has no token {stop_tokens[named.index(None)]!r}")
+    prompts = [[*start, *tokenizer.encode(text)] for text in texts]
     return generate(
-        model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_id=tokenizer.eos_id, end_ids=ends,
+        model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_id=tokenizer.eos_id,
+        end_ids=[*named, *ends],
         vocab_size=tokenizer.vocab_size, seed=seed, stream=stream, stop=stop, show=show,
     )  # fmt: skip
 

@@ -7,10 +7,11 @@ Each choice is a small tagged part with its paper. The component that a part des
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from jaxllm.core.config import Config, merge, union
 from jaxllm.models.masks import Causal, Mask
+from jaxllm.models.positions import LayerPosition, Position, RoPE
 
 if TYPE_CHECKING:
     from jaxllm.models.decoder import Decoder
@@ -33,6 +34,13 @@ class LayerNorm(Config):
     kind: Literal["layernorm"] = "layernorm"
     epsilon: float = Field(1e-5, gt=0)  # added to the variance
     bias: bool = True  # learn a shift as well as a scale
+    scale: bool = True  # learn a scale (OLMo, arXiv:2402.00838: neither)
+
+    @model_validator(mode="after")
+    def _no_shift_alone(self):
+        if self.bias and not self.scale:
+            raise ValueError("bias=true needs scale=true")
+        return self
 
 
 Norm = union(RMSNorm, LayerNorm)
@@ -66,6 +74,19 @@ class Parallel(Config):
     norms: Literal[1, 2] = 1  # one shared by both branches (GPT-J, PaLM) or one each (GPT-NeoX, arXiv:2204.06745)
 
 
+class ResPost(Config):
+    """x + norm(f(x)) (Liu et al. 2021, arXiv:2111.09883, section 3.2; OLMo 2, arXiv:2501.00656)."""
+
+    kind: Literal["res_post"] = "res_post"
+
+
+class NormedResidual(Config):
+    """alpha norm(x) + f(norm(x)) (GLM; BLOOM's apply_residual_connection_post_layernorm, with alpha = 1)."""
+
+    kind: Literal["normed_residual"] = "normed_residual"
+    alpha: float = Field(1.0, gt=0)  # weight of the normed input (ChatGLM: (2L)^(1/2))
+
+
 class SubLN(Config):
     """Pre-norm with a second norm before each output projection (Magneto, Wang et al. 2022, arXiv:2210.06423)."""
 
@@ -81,47 +102,7 @@ class DeepNorm(Config):
     kind: Literal["deepnorm"] = "deepnorm"
 
 
-Placement = union(Pre, Post, Sandwich, Parallel, SubLN, DeepNorm)
-
-
-# --- positions -----------------------------------------------------------------------------------------------
-
-
-class NoPosition(Config):
-    """No position signal but the causal mask (Kazemnejad et al. 2023, arXiv:2305.19466)."""
-
-    kind: Literal["none"] = "none"
-
-
-class Sinusoidal(Config):
-    """Fixed sines and cosines added to the embedding (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)."""
-
-    kind: Literal["sinusoidal"] = "sinusoidal"
-    base: float = Field(10_000.0, gt=0)  # longest wavelength is 2 pi times this
-
-
-class Learned(Config):
-    """A learned vector per position, `context` of them (Radford et al. 2019, GPT-2)."""
-
-    kind: Literal["learned"] = "learned"
-
-
-class RoPE(Config):
-    """Rotary embedding of queries and keys (Su et al. 2021, arXiv:2104.09864)."""
-
-    kind: Literal["rope"] = "rope"
-    theta: float = Field(10_000.0, gt=0)  # base of the geometric series of wavelengths
-    fraction: float = Field(1.0, gt=0, le=1)  # share of each head that is rotated (GPT-NeoX: 0.25)
-    interleaved: bool = False  # pairs are (0,1),(2,3).. as in the paper and GPT-J; else halves, as in LLaMA
-
-
-class ALiBi(Config):
-    """A penalty on the logits, linear in distance, one slope a head (Press et al. 2021, arXiv:2108.12409)."""
-
-    kind: Literal["alibi"] = "alibi"
-
-
-Position = union(NoPosition, Sinusoidal, Learned, RoPE, ALiBi)
+Placement = union(Pre, Post, Sandwich, Parallel, ResPost, NormedResidual, SubLN, DeepNorm)
 
 
 # --- attention and feed-forward --------------------------------------------------------------------------------
@@ -138,7 +119,10 @@ class Attention(Config):
     head_dim: int | None = Field(None, gt=0)  # size of a head; null: embed / num_heads
     bias: bool = False  # biases on the query, key and value projections
     out_bias: bool = False  # bias on the output projection
-    qk_norm: Norm | None = None  # norm of queries and keys over head_dim (Henry et al. 2020, arXiv:2010.04245)
+    position: LayerPosition | None = None  # how order is told to this layer; null: as `position` of the model says
+    clip: float | None = Field(None, gt=0)  # queries, keys and values are cut at +-this (MPT, OLMo)
+    qk_norm: Norm | None = None  # norm of queries and keys (Henry et al. 2020, arXiv:2010.04245)
+    qk_norm_over: Literal["head", "heads"] = "head"  # each head with the same scale, or all heads together (OLMo 2)
     softcap: float | None = Field(None, gt=0)  # logits -> c tanh(logits / c) (Gemma 2, arXiv:2408.00118)
     window: int | None = Field(None, gt=0)  # a query sees itself and window-1 earlier tokens (Mistral, 2310.06825)
     scale: float | None = Field(None, gt=0)  # multiplies q.k; null: head_dim^(-1/2)
@@ -155,7 +139,9 @@ class Attention(Config):
         return self.num_kv_heads or self.num_heads
 
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "sigmoid", "identity"]
+Activation = Literal[
+    "gelu", "gelu_tanh", "gelu_sigmoid", "relu", "relu2", "silu", "sigmoid", "tanh", "mish", "identity"
+]  # fmt: skip
 
 
 class FFN(Config):
@@ -165,8 +151,9 @@ class FFN(Config):
     relu2 is squared ReLU (So et al. 2021, arXiv:2109.08668).
     """
 
+    kind: Literal["dense"] = "dense"
     mlp: int = Field(2048, gt=0)  # width of the hidden layer
-    activation: Activation = "silu"  # gelu is exact (erf), gelu_tanh the approximation of GPT-2
+    activation: Activation = "silu"  # gelu is exact (erf), gelu_tanh as GPT-2, gelu_sigmoid x sigmoid(1.702 x)
     glu: bool = True  # multiply by a gate
     bias: bool = False  # biases on all its projections
 
@@ -238,6 +225,7 @@ class DecoderConfig(Config):
     vocab: int | None = Field(None, gt=0)  # rows of the embedding; null: the size of the data's tokenizer
     context: int = Field(2048, gt=0)  # longest sequence the model is meant for
     embed: int = Field(512, gt=0)  # width of the residual stream
+    table: int | None = Field(None, gt=0)  # width of embedding and head, then projected (OPT 350M); null: embed
     num_layers: int = Field(8, gt=0)  # layers
     block: Block = Block()  # what a layer is
     pattern: tuple[Block, ...] = ()  # a repeating group of layers that differ, each a diff to `block`
@@ -247,6 +235,8 @@ class DecoderConfig(Config):
     final_norm: bool = True  # norm before the output head; post-norm stacks end in a norm already
     tie: bool = False  # output head = embedding transposed (Press & Wolf 2016, arXiv:1608.05859)
     head_bias: bool = False  # bias on the output head (GPT-J)
+    head_norm: bool = False  # rows of the head are scaled to length 1 (Baichuan 2, arXiv:2309.10305, section 2.3)
+    logit_scale: float = Field(1.0, gt=0)  # final logits are multiplied by this (MPT)
     logit_softcap: float | None = Field(None, gt=0)  # final logits -> c tanh(logits / c) (Gemma 2)
     dropout: Dropout = Dropout()  # regularisation in training
     init: Init = FanIn()  # how weights start
@@ -269,11 +259,20 @@ class DecoderConfig(Config):
                 raise ValueError(
                     f"embed={self.embed} must be a multiple of num_heads={a.num_heads}, or set attention.head_dim"
                 )
-            if isinstance(self.position, RoPE) and (self.rotary_dim(a) % 2 or not self.rotary_dim(a)):
-                raise ValueError(
-                    f"position.fraction={self.position.fraction} rotates {self.rotary_dim(a)} of "
-                    f"head_dim={self.head_dim(a)}: must be even and above 0"
-                )
+            position, rotated = self.position_of(a), self.rotary_dim(a)
+            if isinstance(position, RoPE):
+                if rotated % 2 or not rotated:
+                    raise ValueError(
+                        f"position.fraction={position.fraction} rotates {rotated} of head_dim={self.head_dim(a)}: must "
+                        "be even and above 0"
+                    )
+                if wrong := [
+                    n for n in ("short", "long") if len(getattr(position.scaling, n, ())) not in (0, rotated // 2)
+                ]:
+                    raise ValueError(
+                        f"position.scaling.{wrong[0]} has {len(getattr(position.scaling, wrong[0]))} divisors for "
+                        f"{rotated // 2} frequencies"
+                    )
         if len(self.blocks) > self.num_layers:
             raise ValueError(f"pattern has {len(self.blocks)} entries for num_layers={self.num_layers}")
         if len({b.placement.kind in ("post", "deepnorm") for b in self.blocks}) > 1:
@@ -296,8 +295,23 @@ class DecoderConfig(Config):
     def head_dim(self, attention: Attention) -> int:
         return attention.head_dim or self.embed // attention.num_heads
 
+    def position_of(self, attention: Attention) -> Position:
+        """How order is told to a layer, besides what the embeddings say."""
+        return attention.position or self.position
+
     def rotary_dim(self, attention: Attention) -> int:
-        return round(self.head_dim(attention) * getattr(self.position, "fraction", 0.0))
+        """Elements of a head that are rotated; 0 without RoPE."""
+        return round(self.head_dim(attention) * getattr(self.position_of(attention), "fraction", 0.0))
+
+    @property
+    def ropes(self) -> tuple[tuple[RoPE, int], ...]:
+        """The rotations that layers ask for, each once, with the elements of a head that they rotate."""
+        every = ((self.position_of(b.attention), self.rotary_dim(b.attention)) for b in self.blocks)
+        return tuple(dict.fromkeys(rope for rope in every if rope[0].kind == "rope"))
+
+    @property
+    def table_width(self) -> int:
+        return self.table or self.embed
 
     @property
     def deepnorm_alpha(self) -> float:
@@ -329,13 +343,6 @@ class Keep(Config):
     device: tuple[Kept, ...] = ()  # in the device's memory, besides the layer's input
     host: tuple[Literal["input", "q", "k", "v", "attention", "residual", "gate", "up"], ...] = ()  # in the host's
 
-    @model_validator(mode="before")
-    @classmethod
-    def _a_list(cls, value: Any) -> Any:
-        if isinstance(value, dict):  # laid over `remat: full` of a base, which stood for {kind: full}
-            return {k: v for k, v in value.items() if k != "kind" or v not in get_args(Policy)}
-        return {"device": value} if isinstance(value, list | tuple) else value
-
     @model_validator(mode="after")
     def _each_in_one_place(self):
         if twice := [name for name in self.device if name in self.host]:
@@ -343,7 +350,25 @@ class Keep(Config):
         return self
 
 
+def _policy_or_names(value: Any) -> Any:
+    """A list is what is kept on the device; `{kind: full}` is the policy, unless a config laid over it names parts."""
+    match value:
+        case list() | tuple():
+            return {"device": value}
+        case {"kind": kind, **parts} if kind in get_args(Policy):
+            return parts or kind
+    return value
+
+
+_TAGS = {str: "<policy>", dict: "<keep>", Keep: "<keep>"}
 Remat = Annotated[
-    Annotated[Policy, Tag("<policy>")] | Annotated[Keep, Tag("<keep>")],
-    Discriminator(lambda value: "<policy>" if isinstance(value, str) else "<keep>"),
+    Annotated[
+        Annotated[Policy, Tag("<policy>")] | Annotated[Keep, Tag("<keep>")],
+        Discriminator(
+            lambda value: _TAGS.get(type(value)),
+            custom_error_type="remat",
+            custom_error_message=f"must be {', '.join(get_args(Policy))}, or a list of {', '.join(get_args(Kept))}",
+        ),
+    ],
+    BeforeValidator(_policy_or_names),
 ]

@@ -34,16 +34,18 @@ def non_embedding(cfg: DecoderConfig) -> int:
 def parts(cfg: DecoderConfig) -> dict[str, int]:
     """Parameters by part: `embedding`, `positions`, `layers.0`, ..., `final_norm`, `head`, ... in the order of use."""
     D, V = cfg.embed, vocabulary(cfg)
-    count = {"embedding": V * D}
+    count = {"embedding": V * cfg.table_width}
+    if cfg.table:
+        count["table"] = 2 * cfg.table * D
     if cfg.position.kind == "learned":
-        count["positions"] = cfg.context * D
+        count["positions"] = (cfg.context + cfg.position.offset) * D
     if cfg.embedding_norm:
         count["embedding_norm"] = _norm(cfg.embedding_norm, D)
     count |= {f"layers.{i}": sum(block_parts(cfg, cfg.layer(i)).values()) for i in range(cfg.num_layers)}
     if cfg.final_norm:
         count["final_norm"] = _norm(cfg.blocks[-1].norm, D)
     if not cfg.tie:
-        count["head"] = D * V
+        count["head"] = cfg.table_width * V
     if cfg.head_bias:
         count["head_bias"] = V
     return count
@@ -61,7 +63,7 @@ def block_parts(cfg: DecoderConfig, block: Block) -> dict[str, int]:
     if placement.kind == "subln":
         norms += _norm(block.norm, N) + _norm(block.norm, f.mlp)
     if a.qk_norm:
-        norms += 2 * _norm(a.qk_norm, H)
+        norms += sum(_norm(a.qk_norm, n if a.qk_norm_over == "heads" else H) for n in (N, K))
     return {"attention": attention, "ffn": ffn, "norms": norms}
 
 
@@ -88,7 +90,7 @@ def flops_per_token(cfg: DecoderConfig, length: int, *, causal: bool = True) -> 
       causal: counts the pairs that mask and window let see, about half of PaLM's; else the whole square, as PaLM
         does and as attention without a kernel computes it. The first gives the lower utilisation.
     """
-    forward = 2.0 * cfg.embed * vocabulary(cfg)
+    forward = 2.0 * cfg.table_width * vocabulary(cfg) + (4.0 * cfg.table * cfg.embed if cfg.table else 0)
     for i in range(cfg.num_layers):
         block = cfg.layer(i)
         a = block.attention
@@ -114,4 +116,4 @@ def vocabulary(cfg: DecoderConfig) -> int:
 
 
 def _norm(norm: Norm, size: int) -> int:
-    return size * (2 if norm.kind == "layernorm" and norm.bias else 1)
+    return size * (norm.scale + norm.bias if norm.kind == "layernorm" else 1)

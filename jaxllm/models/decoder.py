@@ -19,7 +19,7 @@ from jaxllm.models.layers.init import Weight, std
 from jaxllm.models.layers.linear import linear, lookup
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import constant, param
-from jaxllm.models.layers.position import rotation, sinusoids
+from jaxllm.models.layers.position import document_lengths, rotation, sinusoids
 from jaxllm.models.layout import Places
 from jaxllm.models.remat import Remat, remat
 
@@ -67,13 +67,15 @@ class Decoder(nnx.Module):
         if cfg.vocab is None:
             raise ConfigError("model.vocab is not set; give it, or build the model from prepared data")
         self.cfg, self.scan, self.remat = cfg, scan, remat
-        self.embedding = param(
-            rngs, std(cfg, Weight("embedding", cfg.vocab, cfg.embed)), vocab=cfg.vocab, embed=cfg.embed
-        )
+        width = cfg.table_width
+        self.embedding = param(rngs, std(cfg, Weight("embedding", cfg.vocab, width)), vocab=cfg.vocab, embed=width)
+        if cfg.table:
+            hidden = std(cfg, Weight("hidden", width, cfg.embed))
+            self.table_in = param(rngs, hidden, table=width, embed=cfg.embed)
+            self.table_out = param(rngs, std(cfg, Weight("hidden", cfg.embed, width)), embed=cfg.embed, table=width)
         if cfg.position.kind == "learned":
-            self.positions = param(
-                rngs, std(cfg, Weight("embedding", cfg.context, cfg.embed)), position=cfg.context, embed=cfg.embed
-            )
+            rows = cfg.context + cfg.position.offset
+            self.positions = param(rngs, std(cfg, Weight("embedding", rows, cfg.embed)), position=rows, embed=cfg.embed)
         if cfg.embedding_norm:
             self.embedding_norm = Norm(cfg.embedding_norm, embed=cfg.embed)
         # A layer's weights depend on the seed and its number only, not on how layers are grouped.
@@ -87,7 +89,7 @@ class Decoder(nnx.Module):
         if cfg.final_norm:
             self.final_norm = Norm(cfg.blocks[-1].norm, embed=cfg.embed)
         if not cfg.tie:
-            self.head = param(rngs, std(cfg, Weight("head", cfg.embed, cfg.vocab)), embed=cfg.embed, vocab=cfg.vocab)
+            self.head = param(rngs, std(cfg, Weight("head", width, cfg.vocab)), embed=width, vocab=cfg.vocab)
         if cfg.head_bias:
             self.head_bias = constant(0.0, vocab=cfg.vocab)
 
@@ -137,10 +139,18 @@ class Decoder(nnx.Module):
         """float32 logits of hidden states."""
         x_BTD = constrain(x_BTD, "batch", "seq", "embed")
         rows, out, f32 = ("batch", "seq", "embed"), ("batch", "seq", "vocab"), jnp.dtype(jnp.float32)
+        if self.cfg.table:
+            narrow = ("batch", "seq", "table")
+            x_BTD = linear("BTD,DE->BTE", x_BTD, self.table_out[...], rows, ("embed", "table"), narrow)
+        w = self.embedding[...] if self.cfg.tie else self.head[...]
+        if self.cfg.head_norm:
+            w = unit_rows(w, -1 if self.cfg.tie else 0)
         if self.cfg.tie:
-            y_BTV = linear("BTD,VD->BTV", x_BTD, self.embedding[...], rows, ("vocab", "embed"), out, f32)
+            y_BTV = linear("BTD,VD->BTV", x_BTD, w, rows, ("vocab", "embed"), out, f32)
         else:
-            y_BTV = linear("BTD,DV->BTV", x_BTD, self.head[...], rows, ("embed", "vocab"), out, f32)
+            y_BTV = linear("BTD,DV->BTV", x_BTD, w, rows, ("embed", "vocab"), out, f32)
+        if self.cfg.logit_scale != 1.0:
+            y_BTV = self.cfg.logit_scale * y_BTV
         if self.cfg.head_bias:
             y_BTV = y_BTV + self.head_bias[...]
         if self.cfg.logit_softcap:
@@ -224,10 +234,13 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B T D"]:
         cfg = self.cfg
         x_BTD = lookup(self.embedding[...], tokens_BT)
+        if cfg.table:
+            narrow, wide = ("batch", "seq", "table"), ("batch", "seq", "embed")
+            x_BTD = linear("BTE,ED->BTD", x_BTD, self.table_in[...], narrow, ("table", "embed"), wide)
         if cfg.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
         if cfg.position.kind == "learned":
-            x_BTD = x_BTD + lookup(self.positions[...], positions_BT, "position")
+            x_BTD = x_BTD + lookup(self.positions[...], positions_BT + cfg.position.offset, "position")
         elif cfg.position.kind == "sinusoidal":
             x_BTD = x_BTD + sinusoids(cfg.position, positions_BT, cfg.embed).astype(x_BTD.dtype)
         if cfg.embedding_norm:
@@ -304,8 +317,10 @@ class Decoder(nnx.Module):
     def context(self, tokens: Tokens) -> Layer:
         """What every layer is told of these tokens."""
         cfg = self.cfg
-        sizes = {cfg.rotary_dim(b.attention) for b in cfg.blocks} if cfg.position.kind == "rope" else ()
-        return Layer(tokens, {n: rotation(cfg.position, tokens.position, n) for n in sizes})
+        lengths = None
+        if any(rope.by_length for rope, _ in cfg.ropes):
+            lengths = document_lengths(*jnp.broadcast_arrays(tokens.position, tokens.document))
+        return Layer(tokens, tuple(rotation(rope, tokens.position, lengths, n) for rope, n in cfg.ropes), lengths)
 
     def _decode_layer(self, block: Block, x_BTD: Array, layer: Layer, write) -> tuple[Array, KV]:
         written = []
@@ -345,6 +360,12 @@ def padded_tokens(index_1S, pad_B, prefix_B) -> Tokens:
     position = index_1S - pad_B[:, None]
     real = position >= 0
     return Tokens(index_1S, jnp.maximum(position, 0), real.astype(jnp.int32), real & (position < prefix_B[:, None]))
+
+
+def unit_rows(w: Float[Array, "A B"], dim: int) -> Float[Array, "A B"]:
+    """`w` with vectors of length 1 along `dim`."""
+    length = jnp.sqrt(jnp.sum(jnp.square(w.astype(jnp.float32)), dim, keepdims=True))
+    return (w / jnp.maximum(length, 1e-12)).astype(w.dtype)
 
 
 def cache_size(block: BlockConfig, capacity: int) -> int:

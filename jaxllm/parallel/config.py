@@ -71,6 +71,7 @@ class Rules(Config):
     head_dim: MeshAxes = None  # size of a head
     mlp: MeshAxes = None  # feed-forward width
     vocab: MeshAxes = None  # vocabulary
+    table: MeshAxes = None  # width of embeddings that are projected to that of the residual stream
     position: MeshAxes = None  # rows of a learned position table
     layers: MeshAxes = None  # stacked layers
     experts: MeshAxes = None  # experts of a mixture

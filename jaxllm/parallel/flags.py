@@ -23,6 +23,7 @@ import jax
 _log = logging.getLogger(__name__)
 _known: dict[str, dict[str, Any]] = {}  # device kind -> options its compiler takes
 
+_FUSION = "xla_tpu_enable_async_collective_fusion"
 _BESIDE_KERNELS = {"xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True}
 _BESIDE_LOOPS = {"xla_tpu_enable_async_collective_fusion_while_loops": True}
 _BESIDE_ELEMENTWISE = {"xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True}
@@ -57,19 +58,26 @@ def compiler_options(device: jax.Device) -> dict[str, Any]:
 
 
 def compile_with(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> tuple[jax.stages.Compiled, dict, str]:
-    """The program compiled with the options, or without them if the compiler gives up over them; the options used,
-    and what it said when it gave up.
+    """The program compiled with the options, or fewer if the compiler gives up over them: without fusions of
+    asynchronous collectives, which newer libtpus (0.0.46) have for v5e alone, then without any; the options used, and
+    what it said when it gave up first.
 
     Raises:
       JaxRuntimeError: the program does not compile, or has no room in the device's memory.
     """
-    try:
-        return lowered.compile(compiler_options=dict(options) or None), dict(options), ""
-    except jax.errors.JaxRuntimeError as e:
-        if not options or no_room(e):
-            raise
-        _log.warning("compiled without options; with them: %s", e)
-        return lowered.compile(), {}, str(e)
+    said, tried = "", []
+    for fewer in (dict(options), {n: v for n, v in options.items() if not n.startswith(_FUSION)}, {}):
+        if fewer in tried:
+            continue
+        tried.append(fewer)
+        try:
+            return lowered.compile(compiler_options=fewer or None), fewer, said
+        except jax.errors.JaxRuntimeError as e:
+            if not fewer or no_room(e):
+                raise
+            said = said or str(e)
+            _log.warning("compiled with fewer options; with %s: %s", ", ".join(fewer), e)
+    raise AssertionError("the last try has no options")
 
 
 def no_room(e: Exception) -> bool:

@@ -246,7 +246,11 @@ def _compile(
             f"the compiler for {on.name} refuses this step on mesh {shown}: {_shortened(str(e))}; try another mesh, "
             "remat or accumulate"
         ) from e
-    return compiled, used, "", [f"compiled without options; with them: {_shortened(said)}"] if said else []
+    return compiled, used, "", [f"compiled {_with(used)}; with more: {_shortened(said)}"] if said else []
+
+
+def _with(options: dict[str, Any]) -> str:
+    return f"with {', '.join(options)}" if options else "without options"
 
 
 def _shortened(said: str) -> str:

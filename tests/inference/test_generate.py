@@ -13,26 +13,22 @@ from jaxllm.inference.config import Greedy, Sample
 from jaxllm.inference.generate import bucket, complete, generate, stop_at
 from jaxllm.models.config import (
     FFN,
-    ALiBi,
     Attention,
     Block,
     DecoderConfig,
     DeepNorm,
     Dropout,
     LayerNorm,
-    Learned,
-    NoPosition,
     Parallel,
     Post,
     Pre,
     RMSNorm,
-    RoPE,
     Sandwich,
-    Sinusoidal,
     SubLN,
 )  # fmt: skip
 from jaxllm.models.masks import All, Causal, Full, Prefix, Some, Window
 from jaxllm.models.module import abstract, merge, split
+from jaxllm.models.positions import ALiBi, Learned, NoPosition, RoPE, Sinusoidal
 
 V = 29
 SAMPLINGS = [Greedy(), Sample(), Sample(temperature=0.7, top_k=7, top_p=0.9, min_p=0.02, repetition_penalty=1.3)]
@@ -302,12 +298,13 @@ def test_where_text_is_cut_does_not_depend_on_the_pieces_it_comes_in(text, cuts,
     assert found == (first and first[1])
 
 
-def test_a_text_starts_as_a_training_document_does():
-    [completion] = complete(tiny(), Words(), ["cab"], stream=Spelled, max_new_tokens=5)
+def test_a_text_begins_with_the_ids_it_is_told_to_and_ends_with_others():
+    [completion] = complete(tiny(), Words(), ["cab"], stream=Spelled, max_new_tokens=5, start=[0])
     assert completion.tokens == generate(tiny(), [[0, 4, 2, 3]], max_new_tokens=5, eos_id=1)[0].tokens
-    words = Words()
-    words.bos_id = None
-    assert complete(tiny(), words, [""], stream=Spelled, max_new_tokens=3)[0].tokens == follow(tiny(), [1], 3)[0]
+    [longer] = complete(tiny(), Words(), [""], stream=Spelled, max_new_tokens=3, start=[1])
+    assert longer.tokens == follow(tiny(), [1], 3)[0]
+    [cut] = complete(tiny(), Words(), [""], stream=Spelled, max_new_tokens=3, start=[1], ends=[longer.tokens[0]])
+    assert cut.tokens == longer.tokens[:1] and cut.finish == "eos"
 
 
 # --- programs ----------------------------------------------------------------------------------------------------

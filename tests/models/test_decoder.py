@@ -216,10 +216,10 @@ def test_norms_stand_where_the_placement_puts_them(placement):
     tokens = tokens_of(*row([T]))
 
     def attention(h):
-        q, kv = block.attention.project(h, None)
+        q, kv = block.attention.project(h, ())
         return block.attention.mix(q, kv, tokens, tokens)
 
-    y = block(x, Layer(tokens, {}), lambda new: (new, tokens))
+    y = block(x, Layer(tokens, ()), lambda new: (new, tokens))
     np.testing.assert_allclose(y, BRANCHES[placement](x, attention, block.ffn, norms), atol=1e-5)
 
 

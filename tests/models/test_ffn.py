@@ -22,6 +22,7 @@ def test_activations_and_their_slopes_equal_those_of_torch(kind):
     peer = {
         "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu,
         "relu2": lambda x: F.relu(x) ** 2, "sigmoid": torch.sigmoid, "identity": lambda x: x,
+        "tanh": torch.tanh, "mish": F.mish, "gelu_sigmoid": lambda x: x * torch.sigmoid(1.702 * x),
     }[kind]  # fmt: skip
     x = torch.tensor(X, requires_grad=True)
     y = peer(x)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.models.config import RoPE, Sinusoidal
+from jaxllm.models.positions import ALiBi, RoPE, Sinusoidal
 from jaxllm.models.layers.position import alibi_slopes, rotate, rotation, sinusoids
 
 H = 8
@@ -15,7 +15,7 @@ Q, K = RNG.normal(size=(2, H)).astype(np.float32)
 def rotated(cfg: RoPE, x: np.ndarray, position: int) -> np.ndarray:
     rotary_dim = round(x.shape[-1] * cfg.fraction)
     at = jnp.full((1, 1), position, jnp.int32)
-    return np.asarray(rotate(cfg, jnp.asarray(x)[None, None, None], rotation(cfg, at, rotary_dim))[0, 0, 0])
+    return np.asarray(rotate(cfg, jnp.asarray(x)[None, None, None], rotation(cfg, at, None, rotary_dim))[0, 0, 0])
 
 
 @pytest.mark.parametrize("cfg", [RoPE(), RoPE(interleaved=True), RoPE(fraction=0.5, theta=100.0)])
@@ -51,16 +51,16 @@ def test_a_fraction_leaves_the_rest_of_the_head_alone_to_the_bit():
 
 def test_rotation_keeps_the_type_of_its_input():
     x = jnp.ones((1, 1, 1, H), jnp.bfloat16)
-    assert rotate(RoPE(), x, rotation(RoPE(), jnp.ones((1, 1), jnp.int32), H)).dtype == jnp.bfloat16
+    assert rotate(RoPE(), x, rotation(RoPE(), jnp.ones((1, 1), jnp.int32), None, H)).dtype == jnp.bfloat16
 
 
 def test_alibi_slopes_are_those_of_the_paper():
     """8 heads: 1/2, 1/4, ... 1/256 (section 3); 12: those of 8, then every other of 16."""
-    np.testing.assert_allclose(alibi_slopes(8), [2.0**-i for i in range(1, 9)], rtol=1e-6)
-    np.testing.assert_allclose(alibi_slopes(16)[:3], [2**-0.5, 2**-1.0, 2**-1.5], rtol=1e-6)
-    np.testing.assert_allclose(alibi_slopes(12)[:8], alibi_slopes(8), rtol=1e-6)
-    np.testing.assert_allclose(alibi_slopes(12)[8:], [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5], rtol=1e-6)
-    np.testing.assert_allclose(alibi_slopes(1), [2.0**-8], rtol=1e-6)
+    np.testing.assert_allclose(alibi_slopes(ALiBi(), 8), [2.0**-i for i in range(1, 9)], rtol=1e-6)
+    np.testing.assert_allclose(alibi_slopes(ALiBi(), 16)[:3], [2**-0.5, 2**-1.0, 2**-1.5], rtol=1e-6)
+    np.testing.assert_allclose(alibi_slopes(ALiBi(), 12)[:8], alibi_slopes(ALiBi(), 8), rtol=1e-6)
+    np.testing.assert_allclose(alibi_slopes(ALiBi(), 12)[8:], [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5], rtol=1e-6)
+    np.testing.assert_allclose(alibi_slopes(ALiBi(), 1), [2.0**-8], rtol=1e-6)
 
 
 @pytest.mark.parametrize("embed", [6, 7])
@@ -75,5 +75,5 @@ def test_sinusoids_are_the_papers_formula(embed):
 def test_positions_of_far_tokens_are_exact_to_float32():
     """At 131071 the fastest pair has turned 20860 times: an angle computed in less than float32 would be noise."""
     np.testing.assert_allclose(
-        rotation(RoPE(), jnp.array([[131_071]], jnp.int32), H).sin_BTR[0, 0, 0], np.sin(131_071), atol=1e-4
+        rotation(RoPE(), jnp.array([[131_071]], jnp.int32), None, H).sin_BTR[0, 0, 0], np.sin(131_071), atol=1e-4
     )

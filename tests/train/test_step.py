@@ -9,6 +9,7 @@ import pytest
 
 from jaxllm.core import config
 from jaxllm.core.errors import ConfigError
+from jaxllm.models.config import Keep
 from jaxllm.train.config import RunConfig
 from jaxllm.train.step import init_state, make_eval_step, make_train_step, place_batch, set_up
 
@@ -275,3 +276,26 @@ def test_a_batch_that_does_not_divide_is_refused():
     setup = set_up(run_config("mesh.fsdp=4"))
     with pytest.raises(ConfigError, match=r"batch array tokens: batch=6 does not divide over mesh axis fsdp of 4"):
         place_batch(setup, random_batch(rows=6))
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("none", "none"), ("{kind: none}", "none"), ("[q, k]", Keep(device=("q", "k"))),
+        ("{host: [input]}", Keep(host=("input",))), ("{kind: full, device: [q]}", Keep(device=("q",))),
+    ],
+)  # fmt: skip
+def test_what_is_kept_is_a_policy_or_names(said, meant):
+    assert run_config(f"remat={said}").remat == meant
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ("bogus", "'none', 'full'"), ("[bogus]", "remat.device.0"), ("3", "a list of q, k"), ("null", "a list of q, k"),
+        ("{device: [q], host: [q]}", "both places"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_kept_is_told_with_what_can(said, answer):
+    with pytest.raises(ConfigError, match=answer):
+        run_config(f"remat={said}")

@@ -40,6 +40,12 @@ class HuggingFace(Tokenizer):
         size = max(vocab.values(), default=-1) + 1
         super().__init__(spec, data, size=size, special=special, bos=spec.bos, eos=spec.eos, pad=spec.pad)
 
+    def prefix(self) -> tuple[int, ...]:
+        """Ids that the file puts before every text, such as BOS."""
+        text = "a"
+        plain, whole = (self._model.encode(text, add_special_tokens=special).ids for special in (False, True))
+        return tuple(whole[: next((i for i in range(len(whole)) if whole[i:][: len(plain)] == plain), 0)])
+
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
 

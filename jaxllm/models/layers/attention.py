@@ -16,8 +16,9 @@ from jaxllm.models.layers.init import Weight, gain, std
 from jaxllm.models.layers.linear import linear
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import constant, param
-from jaxllm.models.layers.position import Rotation, alibi_slopes, rotate
+from jaxllm.models.layers.position import Rotation, alibi_slopes, rotate, rotation
 from jaxllm.models.masks import Coords
+from jaxllm.models.positions import ALiBi
 from jaxllm.models.remat import recomputed
 from pallas_kernels.attention import splash
 
@@ -40,7 +41,7 @@ class Tokens(NamedTuple):
 
 
 class KV(NamedTuple):
-    """Keys and values of one layer, keys already rotated."""
+    """Keys and values of one layer, keys already rotated, unless by angles that the length of a document changes."""
 
     k_BSKH: Float[Array, "B S K H"]
     v_BSKH: Float[Array, "B S K H"]
@@ -53,9 +54,11 @@ class Attention(nnx.Module):
         a = block.attention
         D, N, K, H = cfg.embed, a.num_heads, a.kv_heads, cfg.head_dim(a)
         g = gain(cfg, block)
-        self.cfg, self.position = a, cfg.position
-        self.mixing = Mixing(a, a.scale or H**-0.5, cfg.position.kind == "alibi")
-        self.rotary_dim = cfg.rotary_dim(a)
+        self.cfg, self.position = a, cfg.position_of(a)
+        self.mixing = Mixing(a, a.scale or H**-0.5, self.position if self.position.kind == "alibi" else None)
+        rope = self.position, cfg.rotary_dim(a)
+        self.rope = cfg.ropes.index(rope) if rope in cfg.ropes else None
+        self.turns_late = self.rope is not None and self.position.by_length  # of keys
         self.w_q = param(rngs, std(cfg, Weight("hidden", D, N * H)), embed=D, heads=N, head_dim=H)
         self.w_k = param(rngs, std(cfg, Weight("hidden", D, K * H)), embed=D, kv_heads=K, head_dim=H)
         self.w_v = param(rngs, g * std(cfg, Weight("hidden", D, K * H)), embed=D, kv_heads=K, head_dim=H)
@@ -66,14 +69,19 @@ class Attention(nnx.Module):
             self.b_v = constant(0.0, kv_heads=K, head_dim=H)
         if a.out_bias:
             self.b_o = constant(0.0, embed=D)
-        if a.qk_norm:
+        if a.qk_norm and a.qk_norm_over == "heads":
+            self.q_norm = Norm(a.qk_norm, heads=N, head_dim=H)
+            self.k_norm = Norm(a.qk_norm, kv_heads=K, head_dim=H)
+        elif a.qk_norm:
             self.q_norm = Norm(a.qk_norm, head_dim=H)
             self.k_norm = Norm(a.qk_norm, head_dim=H)
         if block.placement.kind == "subln":
             self.inner_norm = Norm(block.norm, heads=N, head_dim=H)
 
-    def project(self, x_BTD: Float[Array, "B T D"], rotation: Rotation | None) -> tuple[Float[Array, "B T N H"], KV]:
-        """Queries, keys and values of `x_BTD`, normed and rotated."""
+    def project(
+        self, x_BTD: Float[Array, "B T D"], rotations: tuple[Rotation, ...]
+    ) -> tuple[Float[Array, "B T N H"], KV]:
+        """Queries, keys and values of `x_BTD`, normed and rotated; `rotations` are those of `DecoderConfig.ropes`."""
         x_axes, q_axes = (*ROWS, "embed"), ("embed", "heads", "head_dim")
         kv_axes = ("embed", "kv_heads", "head_dim")
         q_BTNH = linear("BTD,DNH->BTNH", x_BTD, self.w_q[...], x_axes, q_axes, (*ROWS, *q_axes[1:]))
@@ -81,14 +89,31 @@ class Attention(nnx.Module):
         v_BTKH = linear("BTD,DKH->BTKH", x_BTD, self.w_v[...], x_axes, kv_axes, (*ROWS, *kv_axes[1:]))
         if self.cfg.bias:
             q_BTNH, k_BTKH, v_BTKH = q_BTNH + self.b_q[...], k_BTKH + self.b_k[...], v_BTKH + self.b_v[...]
+        if self.cfg.clip:
+            cut = lambda x: jnp.clip(x, -self.cfg.clip, self.cfg.clip)
+            q_BTNH, k_BTKH, v_BTKH = cut(q_BTNH), cut(k_BTKH), cut(v_BTKH)
         if self.cfg.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        if rotation is not None:
-            q_BTNH, k_BTKH = rotate(self.position, q_BTNH, rotation), rotate(self.position, k_BTKH, rotation)
+        if self.rope is not None:
+            q_BTNH = rotate(self.position, q_BTNH, rotations[self.rope])
+            k_BTKH = k_BTKH if self.turns_late else rotate(self.position, k_BTKH, rotations[self.rope])
         q_BTNH = checkpoint_name(constrain(q_BTNH, *ROWS, "heads", "head_dim"), "q")
         k_BTKH = checkpoint_name(constrain(k_BTKH, *ROWS, "kv_heads", "head_dim"), "k")
         v_BTKH = checkpoint_name(constrain(v_BTKH, *ROWS, "kv_heads", "head_dim"), "v")
         return q_BTNH, KV(k_BTKH, v_BTKH)
+
+    def turned(self, kv: KV, k: Tokens, rotations: tuple[Rotation, ...], length_BT: Int[Array, "B 1"] | None) -> KV:
+        """The keys rotated by the angles of a document as long as it is now.
+
+        Args:
+          rotations: of the queries, whose tokens the keys are of, too, unless `length_BT` says how long documents are.
+        """
+        rotation_ = rotations[self.rope]
+        if length_BT is not None:
+            size = 2 * rotation_.sin_BTR.shape[-1]
+            position_BS = jnp.broadcast_to(k.position, kv.k_BSKH.shape[:2])
+            rotation_ = rotation(self.position, position_BS, jnp.broadcast_to(length_BT, position_BS.shape), size)
+        return kv._replace(k_BSKH=rotate(self.position, kv.k_BSKH, rotation_))
 
     def mix(
         self,
@@ -119,7 +144,7 @@ class Mixing:
 
     cfg: config.Attention
     scale: float
-    alibi: bool
+    alibi: ALiBi | None
 
     @property
     def causal(self) -> bool:
@@ -127,7 +152,8 @@ class Mixing:
         return self.cfg.mask.causal
 
     def slopes(self) -> Float[Array, " N"]:
-        return alibi_slopes(self.cfg.num_heads) if self.alibi else jnp.zeros(self.cfg.num_heads, jnp.float32)
+        N = self.cfg.num_heads
+        return alibi_slopes(self.alibi, N) if self.alibi else jnp.zeros(N, jnp.float32)
 
     def over_mesh(
         self, q_BTNH: Array, kv: KV, q: Tokens, k: Tokens, dropout: float = 0.0, key: Key[Array, ""] | None = None
@@ -219,17 +245,21 @@ class Mixing:
         # A softmax over nothing would be an average over everything, other documents included.
         return seen | (queries.index == keys.index)
 
-    def bias(self, q: Tokens, k: Tokens, slopes_N: Float[Array, " N"]) -> Float[Array, "B N T S"] | None:
-        """ALiBi: -slope * distance."""
+    def bias(self, q: Tokens, k: Tokens, slopes_N: Float[Array, " N"]) -> Float[Array, "#B N #T S"] | None:
+        """ALiBi: -slope * distance; rounded, slope * place of the key, which is the same but for the rounding."""
         if not self.alibi:
             return None
+        if self.alibi.rounded:
+            low = jnp.bfloat16
+            bias_BNS = slopes_N.astype(low)[None, :, None] * k.position.astype(low)[:, None]
+            return self.alibi.scale * bias_BNS.astype(jnp.float32)[:, :, None]
         distance_BTS = jnp.abs(q.position[:, :, None] - k.position[:, None, :]).astype(jnp.float32)
-        return -slopes_N[None, :, None, None] * distance_BTS[:, None]
+        return -self.alibi.scale * slopes_N[None, :, None, None] * distance_BTS[:, None]
 
     def kernel_applies(self, place: Placement | None, q_BTNH: Array, k_BSKH: Array) -> bool:
         """Whether the flash kernel takes this layer, here: a TPU's, for training (as many queries as keys)."""
         return (
-            (place is not None and place.platform == "tpu") and not self.alibi
+            (place is not None and place.platform == "tpu") and self.alibi is None
             and q_BTNH.shape[1] == k_BSKH.shape[1] and self.cfg.mask.kind in ("causal", "full")
             and splash.applies(q_BTNH, k_BSKH)
         )  # fmt: skip
@@ -251,7 +281,7 @@ def attend(
     visible_BTS: Bool[Array, "#B T S"],
     *,
     scale: float,
-    bias: Float[Array, "#B N T S"] | None = None,
+    bias: Float[Array, "#B N #T S"] | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
     key: Key[Array, ""] | None = None,
@@ -293,13 +323,14 @@ def products(
 def masked(
     logits_BKGTS: Float[Array, "B K G T S"],
     visible_BTS: Bool[Array, "#B T S"],
-    bias_BNTS: Float[Array, "#B N T S"] | None,
+    bias_BNTS: Float[Array, "#B N #T S"] | None,
     softcap: float | None,
 ) -> Float[Array, "B K G T S"]:
     if softcap is not None:
         logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
     if bias_BNTS is not None:
-        logits_BKGTS += bias_BNTS.reshape(bias_BNTS.shape[0], *logits_BKGTS.shape[1:])
+        B, _, T, S = bias_BNTS.shape
+        logits_BKGTS += bias_BNTS.reshape(B, *logits_BKGTS.shape[1:3], T, S)
     return jnp.where(visible_BTS[:, None, None], logits_BKGTS, HIDDEN)
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.core.axes import constrain
-from jaxllm.core.shapes import Array, Float, Key
+from jaxllm.core.shapes import Array, Float, Int, Key
 from jaxllm.models.config import Block as BlockConfig
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.layers.attention import KV, Attention, Tokens
@@ -22,7 +22,8 @@ class Layer(NamedTuple):
     """What every layer of a forward pass is told besides its input."""
 
     tokens: Tokens
-    rotations: dict[int, Rotation]  # by rotated size of a head: computed once for all layers
+    rotations: tuple[Rotation, ...]  # those of `DecoderConfig.ropes`: computed once for all layers
+    length_BT: Int[Array, "B T"] | None = None  # of the tokens' documents, where a rotation depends on it
 
 
 # What attention reads and writes: (projected keys and values) -> (all keys and values to look at, where they stand).
@@ -50,8 +51,11 @@ class Block(nnx.Module):
 
         def attention(h_BTD):
             h_BTD = constrain(h_BTD, "batch", "seq", "embed")
-            q_BTNH, new = self.attention.project(h_BTD, layer.rotations.get(self.attention.rotary_dim))
+            q_BTNH, new = self.attention.project(h_BTD, layer.rotations)
             kv, k_tokens = remember(new)
+            if self.attention.turns_late:
+                turns = None if k_tokens is layer.tokens else layer.length_BT
+                kv = self.attention.turned(kv, k_tokens, layer.rotations, turns)
             y = self.attention.mix(q_BTNH, kv, layer.tokens, k_tokens, self.cfg.dropout.attention, keys[0])
             return drop(constrain(y, "batch", "norm_seq", "embed"), self.cfg.dropout.residual, keys[1])
 
@@ -66,6 +70,14 @@ class Block(nnx.Module):
             case "pre" | "subln":
                 x_BTD = between(x_BTD + attention(self.norm_attention(x_BTD)))
                 x_BTD = x_BTD + ffn(self.norm_ffn(x_BTD))
+            case "res_post":
+                x_BTD = between(x_BTD + self.norm_attention(attention(x_BTD)))
+                x_BTD = x_BTD + self.norm_ffn(ffn(x_BTD))
+            case "normed_residual":
+                alpha = jnp.asarray(self.placement.alpha, x_BTD.dtype)
+                h_BTD = self.norm_attention(x_BTD)
+                h_BTD = self.norm_ffn(between(alpha * h_BTD + attention(h_BTD)))
+                x_BTD = alpha * h_BTD + ffn(h_BTD)
             case "post":
                 x_BTD = between(self.norm_attention(x_BTD + attention(x_BTD)))
                 x_BTD = self.norm_ffn(x_BTD + ffn(x_BTD))

@@ -25,9 +25,12 @@ def activate(kind: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
             return jax.nn.gelu(x, approximate=True)
         case "relu2":
             return jnp.square(jax.nn.relu(x))
+        case "gelu_sigmoid":
+            return x * jax.nn.sigmoid(1.702 * x)
         case "identity":
             return x
-    return {"relu": jax.nn.relu, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[kind](x)
+    plain = {"relu": jax.nn.relu, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "mish": jax.nn.mish}
+    return plain[kind](x)
 
 
 def gated(kind: Activation, gate: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxllm.core.axes import placement
 from jaxllm.core.shapes import Array, Float, Int
-from jaxllm.models import config
+from jaxllm.models import positions as config
 
 
 class Rotation(NamedTuple):
@@ -19,11 +19,59 @@ class Rotation(NamedTuple):
     cos_BTR: Float[Array, "B T R"]
 
 
-def rotation(cfg: config.RoPE, pos_BT: Int[Array, "B T"], rotary_dim: int) -> Rotation:
-    """Angles pos * theta^(-2i / rotary_dim) (Su et al. 2021, arXiv:2104.09864, equation 15)."""
-    freq_R = cfg.theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
-    angle_BTR = pos_BT[..., None].astype(jnp.float32) * freq_R
-    return Rotation(jnp.sin(angle_BTR), jnp.cos(angle_BTR))
+def rotation(
+    cfg: config.RoPE, pos_BT: Int[Array, "B T"], length_BT: Int[Array, "B T"] | None, rotary_dim: int
+) -> Rotation:
+    """Angles pos * frequency; sines and cosines times the temperature that a scaling asks for.
+
+    Args:
+      length_BT: length of the document that a token is of, for a `cfg` of which it is asked (`by_length`).
+    """
+    angle_BTR = pos_BT[..., None].astype(jnp.float32) * frequencies(cfg, length_BT, rotary_dim)
+    by = getattr(cfg.scaling, "temperature", None) or getattr(cfg.scaling, "attention", None) or 1.0
+    return Rotation(by * jnp.sin(angle_BTR), by * jnp.cos(angle_BTR))
+
+
+def frequencies(cfg: config.RoPE, length_BT: Int[Array, "B T"] | None, rotary_dim: int) -> Float[Array, "*BT R"]:
+    """theta^(-2i / rotary_dim) (Su et al. 2021, arXiv:2104.09864, equation 15), as `cfg.scaling` changes it."""
+    power_R = jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim
+    freq_R = cfg.theta**-power_R
+    scaling, stretch = cfg.scaling, rotary_dim / max(rotary_dim - 2, 1)
+    match scaling and scaling.kind:
+        case "linear":
+            return freq_R / scaling.factor
+        case "ntk":
+            return (cfg.theta * scaling.factor**stretch) ** -power_R
+        case "dynamic_ntk":
+            longer_BT1 = jnp.maximum(length_BT, scaling.original)[..., None] / scaling.original
+            return (cfg.theta * (scaling.factor * longer_BT1 - (scaling.factor - 1)) ** stretch) ** -power_R
+        case "yarn":
+            # The dimension whose frequency turns so many times within `original`.
+            at = lambda turns: (
+                rotary_dim * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(cfg.theta))
+            )
+            low, high = at(scaling.beta_fast), at(scaling.beta_slow)
+            if scaling.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, rotary_dim - 1)
+            ramp_R = jnp.clip((jnp.arange(rotary_dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+            return freq_R * (1 - ramp_R + ramp_R / scaling.factor)
+        case "llama3":
+            turns_R = scaling.original * freq_R / (2 * math.pi)
+            keep_R = jnp.clip((turns_R - scaling.low) / (scaling.high - scaling.low), 0, 1)
+            return freq_R * (keep_R + (1 - keep_R) / scaling.factor)
+        case "longrope":
+            short_R, long_R = jnp.array(scaling.short), jnp.array(scaling.long)
+            return freq_R / jnp.where(length_BT[..., None] > scaling.original, long_R, short_R)
+    return freq_R
+
+
+def document_lengths(pos_BT: Int[Array, "B T"], document_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """One more than the highest position in the document of each token."""
+    B, T = pos_BT.shape
+    place_BT = jnp.clip(document_BT, 0, T)  # a row has no more documents than tokens, and padding
+    row_BT = jnp.arange(B)[:, None]
+    return jnp.zeros((B, T + 1), pos_BT.dtype).at[row_BT, place_BT].max(pos_BT + 1)[row_BT, place_BT]
 
 
 def rotate(cfg: config.RoPE, x_BTNH: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
@@ -64,21 +112,32 @@ def _rotate_by_product(cfg: config.RoPE, x: Array, sin: Array, cos: Array) -> Ar
 
 
 def sinusoids(cfg: config.Sinusoidal, pos_BT: Int[Array, "B T"], embed: int) -> Float[Array, "B T D"]:
-    """sin in even, cos in odd places (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)."""
-    freq = cfg.base ** (-jnp.arange(0, embed, 2, dtype=jnp.float32) / embed)
-    angle = pos_BT[..., None].astype(jnp.float32) * freq
-    both = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1)
-    return both.reshape(*pos_BT.shape, -1)[..., :embed]
+    """sin in even, cos in odd places (Vaswani et al. 2017, arXiv:1706.03762, section 3.5), or one half each."""
+    steps = jnp.arange((embed + 1) // 2, dtype=jnp.float32)
+    freq = cfg.base ** -(steps / (embed // 2 - 1) if cfg.reaches_base else 2 * steps / embed)
+    angle = (pos_BT[..., None] + cfg.offset).astype(jnp.float32) * freq
+    both = (jnp.sin(angle), jnp.cos(angle))
+    if cfg.halves:
+        return jnp.concatenate(both, -1)[..., :embed]
+    return jnp.stack(both, -1).reshape(*pos_BT.shape, -1)[..., :embed]
 
 
-def alibi_slopes(num_heads: int) -> Float[Array, " N"]:
-    """2^(-8i/n) for n a power of two; else those of the next lower power and every other of the next higher.
+def alibi_slopes(cfg: config.ALiBi, num_heads: int) -> Float[Array, " N"]:
+    """2^(-steepest i/n) for n a power of two; else those of the next lower power and every other of the next higher.
 
-    Press et al. 2021, arXiv:2108.12409, section 3; the rule for other n is that of its published code.
+    Press et al. 2021, arXiv:2108.12409, section 3; the rule for other n is that of its published code. MPT takes those
+    of the next higher power, the odd ones first.
     """
 
     def powers(n: int) -> list[float]:
-        return [2 ** (-8 * (i + 1) / n) for i in range(n)]
+        return [2 ** (-cfg.steepest * (i + 1) / n) for i in range(n)]
 
     lower = 2 ** math.floor(math.log2(num_heads))
-    return jnp.array(powers(lower) + powers(2 * lower)[::2][: num_heads - lower], jnp.float32)
+    if lower == num_heads:
+        slopes = powers(lower)
+    elif cfg.order == "odd_first":
+        higher = powers(2 * lower)
+        slopes = (higher[1::2] + higher[::2])[:num_heads]
+    else:
+        slopes = powers(lower) + powers(2 * lower)[::2][: num_heads - lower]
+    return jnp.array(slopes, jnp.float32)

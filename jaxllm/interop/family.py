@@ -1,0 +1,232 @@
+"""A family of models of another library: its config as ours and ours as its, and the names of its weights.
+
+A family is a value. `sizes` says which key of `config.json` is which field of ours; what takes more than that is a
+`Part`. Ours is made from theirs and theirs from ours by the same tables: a config of ours is one of a family's if
+it comes back as it was.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxllm.core.config import merge
+from jaxllm.core.errors import CheckpointError, ConfigError
+from jaxllm.interop.names import Table
+from jaxllm.models.config import Block, DecoderConfig, Dropout, FanIn
+from jaxllm.models.positions import NoPosition
+
+Paths = dict[str, Any]  # by dotted path of ours
+
+
+class Given(Mapping[str, Any]):
+    """The keys of a `config.json`, with those it leaves out as the family's class has them."""
+
+    def __init__(self, given: Mapping[str, Any], defaults: Mapping[str, Any], name: str = "config.json"):
+        self.given, self.defaults, self.name = given, defaults, name
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self.given:
+            return self.given[key]
+        if key in self.defaults:
+            return self.defaults[key]
+        raise CheckpointError(f"{self.name}: {key} is missing")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self.given or key in self.defaults else default
+
+    def __iter__(self):
+        return iter({**self.defaults, **self.given})
+
+    def __len__(self) -> int:
+        return len({**self.defaults, **self.given})
+
+    def refuse(self, key: str, right: str) -> CheckpointError:
+        return CheckpointError(f"{self.name}: {key}={json.dumps(self.get(key))}; {right}")
+
+
+class Part(NamedTuple):
+    """What one key of theirs alone does not say."""
+
+    ours: Callable[[Given], Paths]
+    theirs: Callable[[DecoderConfig], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """See the head of this file.
+
+    Attributes:
+      kind: `model_type` of its configs.
+      architecture: the class of transformers that computes next-token logits.
+      names: its table, or the table of a config.
+      prefix: of the names of all weights but the head's; files of the bare model lack it.
+      sizes: key of theirs -> path or paths of ours.
+      fixed: path of ours -> what all models of the family have there.
+      only: key of theirs -> the one value that can be read.
+      defaults: of their config class.
+      drop: tensors that hold no weights, by the end of their names.
+    """
+
+    kind: str
+    architecture: str
+    prefix: str
+    names: Table | Callable[[DecoderConfig], Table]
+    sizes: dict[str, str | tuple[str, ...]]
+    fixed: Paths
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    only: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
+    drop: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()  # further `model_type`s
+
+    def ours(self, config: Mapping[str, Any], name: str = "config.json") -> DecoderConfig:
+        """The config of ours that computes what a `config.json` describes.
+
+        Raises:
+          CheckpointError: naming a key that is missing, wrong, or asks for what is not here.
+        """
+        given = Given(config, self.defaults, name)
+        for key, value in self.only.items():
+            if given.get(key, value) != value:
+                raise given.refuse(key, f"{self.kind} is read with {json.dumps(value)} only")
+        paths = dict(self.fixed)
+        for key, where in self.sizes.items():
+            for path in (where,) if isinstance(where, str) else where:
+                paths[path] = _activation(given, key) if path.endswith(".activation") else given[key]
+        for part in self.parts:
+            paths |= part.ours(given)
+        layers = paths.pop(LAYERS, None)
+        tree = _tree(paths)
+        if layers is not None:
+            tree = merge(tree, _pattern([_tree(layer) for layer in layers]))
+        try:
+            return DecoderConfig.model_validate(tree)
+        except ValueError as e:
+            raise CheckpointError(f"{name}: no {self.kind} that can be computed: {_first(e)}") from None
+
+    def table(self, cfg: DecoderConfig) -> Table:
+        return self.names(cfg) if callable(self.names) else self.names
+
+    def theirs(self, cfg: DecoderConfig) -> dict[str, Any]:
+        """The `config.json` of a config of ours.
+
+        Raises:
+          ConfigError: the family has no such model; names the fields.
+        """
+        cfg = resolved(cfg)
+        config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.kind}
+        config |= {key: value for key, value in self.only.items()}
+        for key, where in self.sizes.items():
+            path = where if isinstance(where, str) else where[0]
+            value = at(cfg, path)
+            config[key] = ACTIVATIONS_OF_OURS[value] if path.endswith(".activation") else value
+        for part in self.parts:
+            config |= part.theirs(cfg)
+        try:
+            again = self.ours(config)
+        except CheckpointError as e:
+            raise ConfigError(f"no {self.kind} is like this model: {e}") from None
+        if differs := differences(resolved(again), cfg):
+            raise ConfigError(
+                f"no {self.kind} is like this model: "
+                + "; ".join(f"{path} is {mine!r}, there {theirs!r}" for path, theirs, mine in differs[:5])
+            )
+        return config
+
+
+LAYERS = "*layers"  # among the paths of a Part: a list of Paths, what each layer has for itself
+
+
+def resolved(cfg: DecoderConfig) -> DecoderConfig:
+    """The same model with all that follows from other fields written down, and nothing that only training looks at."""
+
+    per_layer = cfg.position.kind in ("rope", "alibi", "none")
+
+    def block(block: Block) -> Block:
+        a = block.attention
+        position = cfg.position_of(a) if per_layer else None
+        return block.model_copy(update={"attention": a.model_copy(update={
+            "num_kv_heads": a.kv_heads, "head_dim": cfg.head_dim(a), "scale": a.scale or cfg.head_dim(a) ** -0.5,
+            "position": position,
+        })})  # fmt: skip
+
+    blocks = [block(cfg.layer(i)) for i in range(cfg.num_layers)]
+    period = _period(blocks)
+    layered = {"block": blocks[0], "pattern": tuple(blocks[:period]) if period > 1 else ()}
+    table = cfg.table if cfg.table != cfg.embed else None
+    position = NoPosition() if per_layer else cfg.position
+    return cfg.model_copy(
+        update=layered | {"dropout": Dropout(), "init": FanIn(), "table": table, "position": position}
+    )
+
+
+def differences(a: DecoderConfig, b: DecoderConfig) -> list[tuple[str, Any, Any]]:
+    """Dotted paths at which two configs differ, with both values."""
+
+    def walk(path: str, x: Any, y: Any) -> list[tuple[str, Any, Any]]:
+        if isinstance(x, dict) and isinstance(y, dict):
+            keys = {**x, **y}
+            return [d for k in keys for d in walk(f"{path}.{k}" if path else k, x.get(k), y.get(k))]
+        close = isinstance(x, float) and isinstance(y, float) and abs(x - y) <= 1e-6 * abs(y)
+        return [] if x == y or close else [(path, x, y)]
+
+    return walk("", a.model_dump(mode="json"), b.model_dump(mode="json"))
+
+
+def at(cfg: Any, path: str) -> Any:
+    """The value at a dotted path; where a part on the way is another kind without it, None."""
+    return functools.reduce(lambda c, name: getattr(c, name, None), path.split("."), cfg)
+
+
+# Names that transformers has for activations (its ACT2FN), and the ones we write.
+ACTIVATIONS = {
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "gelu_sigmoid", "relu": "relu", "relu2": "relu2", "silu": "silu", "swish": "silu",
+    "sigmoid": "sigmoid", "tanh": "tanh", "mish": "mish", "linear": "identity",
+}  # fmt: skip
+ACTIVATIONS_OF_OURS = {
+    "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "gelu_sigmoid": "quick_gelu", "relu": "relu", "relu2": "relu2",
+    "silu": "silu", "sigmoid": "sigmoid", "tanh": "tanh", "mish": "mish", "identity": "linear",
+}  # fmt: skip
+
+
+def _activation(given: Given, key: str) -> str:
+    if given[key] not in ACTIVATIONS:
+        raise given.refuse(key, f"known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[given[key]]
+
+
+def _tree(paths: Paths) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in paths.items():
+        *above, name = path.split(".")
+        inner = tree
+        for part in above:
+            inner = inner.setdefault(part, {})
+        inner[name] = (
+            merge(inner[name], value) if isinstance(inner.get(name), dict) and isinstance(value, dict) else value
+        )
+    return tree
+
+
+def _pattern(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The block, or the repeating group, of layers that differ so."""
+    period = _period(layers)
+    return {"block": layers[0]} if period == 1 else {"pattern": layers[:period]}
+
+
+def _period(layers: list[Any]) -> int:
+    """The least number of layers that repeats."""
+    return next(p for p in range(1, len(layers) + 1) if all(x == layers[i % p] for i, x in enumerate(layers)))
+
+
+def _first(e: ValueError) -> str:
+    """What pydantic found first."""
+    errors = getattr(e, "errors", list)()
+    if not errors:
+        return str(e)
+    where = ".".join(map(str, errors[0]["loc"]))
+    return f"{where}: {errors[0]['msg']}" if where else errors[0]["msg"].removeprefix("Value error, ")

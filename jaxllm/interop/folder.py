@@ -1,0 +1,170 @@
+"""Folders as Hugging Face has them: `config.json`, weights in safetensors, tokenizer files and what else belongs to them.
+
+What lies in a folder beside its weights is kept as it is and goes back with them (`Source`): a model that is read and
+written without a change has the same files again, to the byte, and the same tensors.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxllm.core.errors import CheckpointError, ConfigError
+from jaxllm.interop import safetensors
+from jaxllm.interop.decoders import FAMILIES
+from jaxllm.interop.family import Family, differences, resolved
+from jaxllm.interop.weights import Kept, Weights, tensors_of
+from jaxllm.models.config import DecoderConfig
+
+BY_KIND = {kind: family for family in FAMILIES for kind in (family.kind, *family.also)}
+BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# Copied as they are; weights are written anew.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+LARGE = 64 << 20  # no file beside weights is larger
+
+
+class Source(NamedTuple):
+    """Where a model came from, as far as it matters when it goes back."""
+
+    family: str
+    config: dict[str, Any]  # config.json
+    files: dict[str, bytes]  # what else there is, by name; config.json too, as it was written
+    kept: Kept = Kept()
+
+
+class Pretrained(NamedTuple):
+    """A model in a folder, its weights not read yet."""
+
+    family: Family
+    cfg: DecoderConfig
+    weights: Weights
+    source: Source
+    tensors: safetensors.Tensors
+
+
+def open_folder(folder: str | Path) -> Pretrained:
+    """The model of a folder.
+
+    Raises:
+      CheckpointError: no such folder; a family that is not known; a config and weights that do not fit; files that are
+        damaged; weights that are pickled.
+    """
+    folder = Path(folder)
+    config = read_config(folder / "config.json")
+    family = family_of(config, str(folder / "config.json"))
+    cfg = family.ours(config, str(folder / "config.json"))
+    if not any(folder.glob("*.safetensors*")):
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        raise CheckpointError(
+            f"{folder}: no *.safetensors"
+            + (f"; {pickled[0]} is pickled and could run anything when it is read: " if pickled else "; ")
+            + "write them with transformers, where the files are trusted: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)"
+        )
+    safetensors.verify(folder)
+    tensors = safetensors.open_tensors(folder)
+    weights = Weights(family, cfg, tensors, tensors.read, str(folder))
+    files = {
+        p.name: p.read_bytes()
+        for p in sorted(folder.iterdir())
+        if p.is_file() and p.suffix not in WEIGHTS and not p.name.endswith(".index.json") and p.stat().st_size <= LARGE
+        and p.name != "SHA256SUMS"
+    }  # fmt: skip
+    return Pretrained(family, cfg, weights, Source(family.kind, config, files, weights.kept), tensors)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What a `config.json` says."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = json.loads(text)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: no config.json in it, so no folder of a model") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: not JSON ({e})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: must be an object, got {type(config).__name__}")
+    return config
+
+
+def family_of(config: Mapping[str, Any], name: str) -> Family:
+    """The family of a `config.json`."""
+    kind = config.get("model_type")
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{name}: quantization_config is set; only weights that are not quantised can be read")
+    if kind in BY_KIND:
+        return BY_KIND[kind]
+    known = ", ".join(sorted(BY_KIND))
+    raise CheckpointError(f"{name}: model_type={json.dumps(kind)} is no family that is known here: {known}")
+
+
+def save_folder(
+    folder: str | Path,
+    cfg: DecoderConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], np.ndarray],
+    dtypes: Mapping[str, np.dtype],
+    *,
+    family: Family | None = None,
+    source: Source | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> list[Path]:
+    """Writes a model as its family has it; the files written.
+
+    Args:
+      shapes, dtypes: of the weights by logical name; `read(name)` gives the array when its turn comes.
+      family: None: that of the source, or the first that has such a model.
+      source: where the model came from. Its config.json stays as it is, if the model is still the one it describes.
+
+    Raises:
+      ConfigError: the family has no such model.
+    """
+    folder = Path(folder)
+    family = family or (BY_KIND[source.family] if source else fitting(cfg))
+    # Without a source nothing is known of special tokens; the ids that classes have by default are other models'.
+    config, files = dict.fromkeys(SPECIAL) | family.theirs(cfg), {}
+    if source is not None and source.family == family.kind:
+        files = {n: data for n, data in source.files.items() if n != "config.json"}
+        before = family.ours(source.config)
+        if not differences(resolved(before), resolved(cfg)):
+            config = source.config
+            files["config.json"] = source.files["config.json"]
+        else:
+            config = {**source.config, **family.theirs(cfg)}
+    kept = source.kept if source is not None and source.family == family.kind else Kept()
+    made = tensors_of(family, cfg, shapes, kept)
+    types = {n: np.result_type(*(dtypes[o] for o in row.ours)) for n, (_, row) in made.items()}
+    if "config.json" not in files:
+        main = max(set(types.values()), key=list(types.values()).count)
+        config |= {"dtype": main.name}
+        files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def produce(name: str) -> np.ndarray:
+        _, row = made[name]
+        theirs = row.form.theirs([np.asarray(read(o)) for o in row.ours])
+        return np.ascontiguousarray(theirs[0]).astype(types[name], copy=False)
+
+    specs = {n: safetensors.Spec(types[n], shape) for n, (shape, _) in made.items()}
+    written = safetensors.write_folder(folder, specs, produce=produce, shard_bytes=shard_bytes)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return [*written, *(folder / n for n in files)]
+
+
+def fitting(cfg: DecoderConfig) -> Family:
+    """The first family that has this model."""
+    why = []
+    for family in FAMILIES:
+        try:
+            family.theirs(cfg)
+        except ConfigError as e:
+            why.append(str(e))
+        else:
+            return family
+    raise ConfigError("no family that is known here has such a model; closest:\n  " + min(why, key=len))

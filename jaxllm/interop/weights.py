@@ -1,0 +1,132 @@
+"""Weights of a model by our logical names, out of tensors with the names of its family, and back; one at a time."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxllm.core.errors import CheckpointError
+from jaxllm.interop.family import Family
+from jaxllm.interop.names import Row, rows_of, shapes_of_theirs
+from jaxllm.models import layout
+from jaxllm.models.config import DecoderConfig
+from jaxllm.models.module import Params, abstract
+
+
+class Kept(NamedTuple):
+    """What a folder's weights are besides their values, so that they go back as they came."""
+
+    bare: bool = False  # names lack the family's prefix
+    tied: tuple[str, ...] = ()  # tensors that repeat the embedding, though the config ties them
+
+
+def logical_shapes(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's weights, one a layer."""
+    return {name: x.shape for name, x in layout.unstack(abstract(cfg)[1], cfg).items()}
+
+
+class Weights(Mapping[str, np.ndarray]):
+    """The weights of a model by logical name, each read when it is asked for.
+
+    Args:
+      tensors: shapes by name (`.shape` of each value), and `read(name)` for the array.
+
+    Raises:
+      CheckpointError: tensors that are missing, unexpected or of another shape; all of them are listed.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        cfg: DecoderConfig,
+        tensors: Mapping[str, Any],
+        read: Callable[[str], np.ndarray],
+        name: str,
+    ):
+        self.read, self.name = read, name
+        self.shapes = logical_shapes(cfg)
+        rows = rows_of(family.table(cfg), self.shapes)
+        bare = not any(n.startswith(family.prefix) for n in tensors)
+        strip = len(family.prefix) if bare else 0
+        rows = [
+            r._replace(theirs=tuple(n[strip if n.startswith(family.prefix) else 0 :] for n in r.theirs)) for r in rows
+        ]
+        self.row: dict[str, Row] = {ours: row for row in rows for ours in row.ours}
+        used = {n for row in rows for n in row.theirs}
+        repeats = tuple(n for n in _heads(family, cfg) if n in tensors and n not in used)
+        self.kept = Kept(bare, repeats)
+        found = [f"{n} is missing" for n in used if n not in tensors]
+        found += [
+            f"{n} is unexpected"
+            for n in tensors
+            if n not in used and n not in repeats and not n.endswith(family.drop or ("\0",))
+        ]
+        for row in rows:
+            wanted = shapes_of_theirs(row.form, tuple(self.shapes[n] for n in row.ours))
+            found += [
+                f"{n} has shape {list(tensors[n].shape)}, config.json asks for {list(shape)}"
+                for n, shape in zip(row.theirs, wanted, strict=True)
+                if n in tensors and tuple(tensors[n].shape) != shape
+            ]
+        if found:
+            more = f"\n  and {len(found) - 20} more" if len(found) > 20 else ""
+            raise CheckpointError(f"{name}: no {family.kind} as config.json says:\n  " + "\n  ".join(found[:20]) + more)
+        for n in repeats:
+            if not np.array_equal(_bytes(read(n)), _bytes(self["embedding"])):
+                raise CheckpointError(
+                    f"{name}: {n} differs from the embedding, but config.json has tie_word_embeddings=true"
+                )
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.of(self.row[name])[name]
+
+    def of(self, row: Row) -> dict[str, np.ndarray]:
+        """All weights of a row."""
+        theirs = [self.read(n) for n in row.theirs]
+        return dict(zip(row.ours, row.form.ours(theirs, [self.shapes[n] for n in row.ours]), strict=True))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def load(weights: Weights, cfg: DecoderConfig, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    """The arrays of a run of `cfg`, each put where and in the type that `like` says, one layer after the other."""
+    params = {}
+    for key, leaf in like.items():
+        names = layout.logical_names(key, cfg)
+        stacked = layout.is_stacked(key)
+        at = layout.layer_sharding(leaf.sharding, leaf.shape) if stacked else leaf.sharding
+        parts = [jax.device_put(weights[n].astype(leaf.dtype, copy=False), at) for n in names]
+        params[key] = layout.join(parts, leaf, stacked)
+    return params
+
+
+def tensors_of(
+    family: Family, cfg: DecoderConfig, shapes: Mapping[str, Any], kept: Kept = Kept()
+) -> dict[str, tuple[tuple[int, ...], Row]]:
+    """By name of theirs, in the order of the model: the shape of a tensor and the row that makes it.
+
+    Args:
+      shapes: logical name -> shape.
+    """
+    out: dict[str, tuple[tuple[int, ...], Row]] = {}
+    for row in rows_of(family.table(cfg), shapes):
+        for n, shape in zip(row.theirs, shapes_of_theirs(row.form, tuple(shapes[o] for o in row.ours)), strict=True):
+            out[n.removeprefix(family.prefix) if kept.bare else n] = shape, row
+    embedding = next(row for _, row in out.values() if "embedding" in row.ours)
+    for n in kept.tied:
+        out[n] = tuple(shapes["embedding"]), embedding
+    return out
+
+
+def _heads(family: Family, cfg: DecoderConfig) -> tuple[str, ...]:
+    """What an output head is called that a config ties to the embedding."""
+    return tuple(n for row in family.table(cfg) if row.ours == ("head",) for n in row.theirs) if cfg.tie else ()
+
+
+def _bytes(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x).view(np.uint8)
