@@ -73,7 +73,7 @@ def compile_with(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> tup
         try:
             return lowered.compile(compiler_options=fewer or None), fewer, said
         except jax.errors.JaxRuntimeError as e:
-            if not fewer or no_room(e):
+            if not fewer or (no_room(e) and not said):
                 raise
             said = said or str(e)
             _log.warning("compiled with fewer options; with %s: %s", ", ".join(fewer), e)

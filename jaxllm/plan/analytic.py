@@ -339,10 +339,11 @@ def memory(job: Job, p: Plans) -> Memory:
 
     inside = 3 * s.embed / cut + 2 * s.embed
     inside = inside + (1.5 * (s.queries + 2 * s.keys) + (s.ups + 1) * s.wide * s.used) / p.tensor
-    # Recomputed, a stage keeps its inputs, and what its layers keep while one unit goes backward.
+    # Recomputed, a stage keeps its inputs, and what its layers keep while one unit goes backward; else the last stage
+    # keeps its outputs, and all devices have the room for them.
     here, again_forward = s.layers / p.pipe, p.recompute > 0
     layers = np.where(again_forward, here / p.chunks, here * in_flight(p))
-    inputs = np.where(again_forward, s.embed / cut * p.chunks * in_flight(p), 0)
+    inputs = np.where(p.pipe > 1, s.embed / cut * p.chunks * in_flight(p), 0)
     # Both sides of every product of a layer wait for the gradients of its weights, of as many units as stages.
     late = 4 * s.embed / cut + (2 * s.queries + 2 * s.keys + (s.ups + 1) * s.wide * s.used) / p.tensor
     late = late * here * np.where((p.schedule == 3) & (p.pipe > 1), p.pipe, 0)

@@ -157,10 +157,11 @@ class Change:
 def changes(cfg: RunConfig, found: Found, reached: Calibration | None = None) -> list[Change]:
     """What one change would bring, the most helpful first: the formulas' best plan with it, beside that without it.
 
-    Both are sought among the best meshes, but for those of plans that were compiled and dropped.
+    Both are sought among the best meshes, but for those whose every plan that was compiled was dropped.
     """
     on, reached = found.on, reached or calibration(found.on)
-    chip, dropped = on.chip, [plan.mesh for plan in found.dropped]
+    chip, good = on.chip, [plan.mesh for plan in found.ranked]
+    dropped = [plan.mesh for plan in found.dropped if plan.mesh not in good]
     among = [mesh for mesh in found.meshes if mesh not in dropped]
     if not among:
         return []

@@ -197,8 +197,8 @@ def _proof_lines(p: "Proof") -> list[str]:
     lines = [
         f"verdict    {verdict}; compiled in {p.compile_s:.0f} CPU seconds, {_gib(p.rss_bytes)} GiB of memory",
         f"memory     peak {_gib(p.peak_bytes)} of {_gib(p.hbm_bytes)} GiB a {each}, {_gib(p.headroom)} left: "
-        f"parameters {_gib(p.parameter_bytes)}, optimizer {_gib(p.optimizer_bytes)}, batch {_gib(p.batch_bytes)}, temporary "
-        f"(activations, gradients, gathered weights) {_gib(p.temporary_bytes)}"
+        f"parameters {_gib(p.parameter_bytes)}, optimizer {_gib(p.optimizer_bytes)}, batch {_gib(p.batch_bytes)}, "
+        f"temporary (activations, gradients, gathered weights) {_gib(p.temporary_bytes)}"
         + (f", host {_gib(p.host_bytes)}" if p.host_bytes else ""),
     ]
     if p.account is not None:

@@ -212,6 +212,11 @@ def meshes(job: Job, on: Topology) -> Iterator[dict[str, int]]:
                     yield {"data": data, "pipe": pipe, "fsdp": fsdp, "context": context, "tensor": tensor}
 
 
+def _dividing(job: Job, on: Topology, among: Sequence[dict[str, int]] | None) -> list[dict[str, int]]:
+    """The meshes that divide the run, of those of `among` if it is given."""
+    return [mesh for mesh in meshes(job, on) if among is None or mesh in among]
+
+
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
@@ -391,7 +396,7 @@ def _space(
     job: Job, on: Topology, choices: Remats, reached: Calibration, among: Sequence[dict[str, int]] | None
 ) -> _Space | None:
     kept_all = Remats(("none",), (POLICIES["none"],))
-    parts = [of_mesh(job, on, mesh, kept_all) for mesh in (meshes(job, on) if among is None else among)]
+    parts = [of_mesh(job, on, mesh, kept_all) for mesh in _dividing(job, on, among)]
     if not parts:
         return None
     rows = _together(parts)
@@ -474,7 +479,7 @@ def anneal(
     The moves are FlexFlow's (arXiv:1807.05358, section 6.2). Chains walk side by side, since estimates come in arrays.
     Plans that do not fit cost what they lack; where none was met that does, the one returned does not either.
     """
-    rng, all_meshes = np.random.default_rng(seed), list(meshes(job, on) if among is None else among)
+    rng, all_meshes = np.random.default_rng(seed), _dividing(job, on, among)
     limit = HEADROOM * on.chip.device_hbm
     own = [name for name in Plans.CHOICES if name not in AXES]
     known = functools.cache(lambda number: of_mesh(job, on, all_meshes[number], choices))

@@ -259,6 +259,13 @@ def test_a_program_that_options_break_is_compiled_without_them():
     assert flags.compile_with(lowered, {})[1:] == ({}, "")
 
 
+def test_fusions_of_collectives_are_what_a_program_is_first_compiled_without():
+    lowered, known = jax.jit(lambda x: 2 * x).lower(1.0), {"xla_llvm_disable_expensive_passes": False}
+    compiled, used, said = flags.compile_with(lowered, known | {"xla_tpu_enable_async_collective_fusion": True})
+    assert (compiled(3.0), used) == (6.0, known)
+    assert "xla_tpu_enable_async_collective_fusion" in said
+
+
 def test_want_of_memory_is_told_from_other_troubles():
     assert flags.no_room(ValueError("Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."))
     assert not flags.no_room(ValueError("FAILED_PRECONDITION: continuation fusion"))

@@ -332,6 +332,14 @@ def test_a_change_that_touches_nothing_gains_nothing_whatever_was_compiled():
     assert gains["twice the link to the host"] == 0 < gains["twice the memory bandwidth"]
 
 
+@pytest.mark.parametrize("rows, start, increment", [(32, 16, 24), (96, 48, 72)])
+def test_more_rows_of_a_ramp_are_tried_on_meshes_that_divide_all_of_its_batches(rows, start, increment):
+    on = topology("v5e-16")
+    cfg = run_config(rows, layers=8, ramp={"start": start, "increment": increment, "steps": 100})
+    for change in explain.changes(cfg, search.search(cfg, on, reached=REACHED), REACHED):
+        search.plans_of(change.plan.cfg, on)  # takes what training takes
+
+
 # --- stages ----------------------------------------------------------------------------------------------------------
 
 

@@ -145,10 +145,16 @@ def test_a_pipeline_goes_with_two_other_mesh_axes(axes):
     assert ended.returncode == 0, ended.stderr[-2000:]
 
 
-def test_a_pipeline_that_computes_nothing_twice_trains_the_same():
+@pytest.mark.parametrize(
+    ("schedule", "pipe", "m", "model"),
+    [("zb_h1", 4, 4, EVEN), ("gpipe", 2, 4, EVEN), pytest.param("interleaved", 2, 4, EVEN, marks=pytest.mark.slow)],
+)
+def test_a_pipeline_that_computes_nothing_twice_trains_the_same(schedule, pipe, m, model):
+    """In GPipe and interleaved several outputs wait on the last stage."""
     assert_trains_as_one_device(
-        "pipeline.schedule=zb_h1", "mesh.pipe=4", "accumulate=4", "pipeline.recompute=false", **EVEN
-    )
+        f"pipeline.schedule={schedule}", f"mesh.pipe={pipe}", f"accumulate={m}",
+        "pipeline.recompute=false", **model,
+    )  # fmt: skip
 
 
 def test_slices_of_tokens_train_as_whole_rows_do():
