@@ -112,6 +112,18 @@ def _print_fields(schema: type) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
+def _convert(verb: str, argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(f"jaxllm {verb}", description=f"{VERBS[verb][1]}: {VERBS[verb][2]}")
+    parser.add_argument("source", metavar="SRC", help="a run or checkpoint, a Hugging Face folder, a GGUF file")
+    parser.add_argument("destination", metavar="DST", help="a folder that is not there yet")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as they are)")
+    parser.add_argument("--family", metavar="NAME", help="of a Hugging Face folder that is written: llama, gpt2, ...")
+    args = parser.parse_args(argv)
+    from jaxllm import verbs
+
+    print(verbs.convert(args.source, args.destination, dtype=args.dtype, family=args.family))
+
+
 def _report(verb: str, argv: list[str]) -> None:
     parser = argparse.ArgumentParser(f"jaxllm {verb}", description="Draws RUN/loss.png from RUN/metrics.jsonl.")
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
@@ -181,6 +193,11 @@ VERBS = {
     "plan": (_plan, "proves and predicts a run on chips, or finds it", "jaxllm plan configs/train/125m_v5e8.yaml"),
     "train": (_config_verb, "shards to a model", "jaxllm train configs/train/quickstart.yaml steps=500"),
     "generate": (_generate, "a model continues prompts", "jaxllm generate runs/quickstart --prompt 'def '"),
+    "convert": (
+        _convert,
+        "Hugging Face folders and checkpoints into each other",
+        "jaxllm convert SmolLM2 runs/smollm2",
+    ),
     "report": (_report, "draws the loss curves of a run", "jaxllm report runs/quickstart"),
     "doctor": (_doctor, "what is here, what is missing, what to type for it", "jaxllm doctor [CONFIG]"),
     "bench": (_bench, "measures ours beside a peer", "jaxllm bench train --json FILE"),

@@ -21,6 +21,9 @@ from jaxllm.models.module import abstract, merge
 from jaxllm.train.checkpoint import load_params, steps
 
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # files of a folder that a tokenizer is read from
+
+
 class Pretrained(NamedTuple):
     """A model and what turns texts into its tokens."""
 
@@ -70,7 +73,7 @@ def _hugging_face(folder: Path, precision: str | None) -> Pretrained:
     read = hugging_face.open_folder(folder)
     stored = [entry.dtype for entry in read.tensors.values()]
     dtype = np.dtype(precision) if precision else max(set(stored), key=stored.count)
-    tokenizer, start = _tokenizer(folder)
+    tokenizer, start = tokenizer_of_folder(folder)
     said = {**read.source.config, **_json(read.source.files.get("generation_config.json"))}
     ends = said.get("eos_token_id")
     ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
@@ -81,7 +84,7 @@ def _hugging_face(folder: Path, precision: str | None) -> Pretrained:
     return Pretrained(_model(read.cfg, read.weights, dtype), tokenizer, start, ends, template)
 
 
-def _tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, tuple[int, ...]]:
+def tokenizer_of_folder(folder: Path) -> tuple[tokenizers.Tokenizer, tuple[int, ...]]:
     """The tokenizer of a folder, and the ids that it puts before every text."""
     if (folder / "tokenizer.json").is_file():
         tokenizer = tokenizers.build(HfTokenizer(file=str(folder)))
@@ -89,7 +92,7 @@ def _tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, tuple[int, ...]]:
     if (folder / "tokenizer.model").is_file():
         tokenizer = tokenizers.build(SentencePieceTokenizer(file=str(folder / "tokenizer.model")))
         return tokenizer, () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-    raise CheckpointError(f"{folder}: neither tokenizer.json nor tokenizer.model in it, so no text can be read")
+    raise CheckpointError(f"{folder}: none of {', '.join(TOKENIZERS)} in it, so no text can be read")
 
 
 def _gguf(path: Path, precision: str | None) -> Pretrained:

@@ -59,6 +59,13 @@ def generate(config: str | Path | Config, *overrides: str) -> "list[jaxllm.infer
     return run(cfg)
 
 
+def convert(source: str | Path, destination: str | Path, **asked: Any) -> Path:
+    """Where a model now lies in another form; `asked` are `dtype` and `family`, see `jaxllm.convert.run`."""
+    from jaxllm.convert import run
+
+    return run(source, destination, **asked)
+
+
 def schema(verb: str) -> type[Config]:
     """The config that a verb takes."""
     match verb:

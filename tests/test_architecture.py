@@ -27,6 +27,7 @@ TOP = {
     "verbs",
     "generate",
     "pretrained",
+    "convert",
     "doctor",
     "bench",
     "__init__",

@@ -1,0 +1,91 @@
+"""A folder of Hugging Face becomes a checkpoint, which generates and goes back as it came."""
+
+import io
+
+import numpy as np
+import pytest
+
+from jaxllm.cli import main
+from jaxllm.core.errors import UserError
+from jaxllm.generate import run as generate
+from jaxllm.inference.config import GenerateConfig, Greedy
+from jaxllm.interop.folder import open_folder
+from jaxllm.pretrained import load
+from jaxllm.verbs import convert
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A random LLaMA with a tokenizer of bytes and the words that it begins with."""
+    folder = tmp_path_factory.mktemp("theirs")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.add_special_tokens(["<s>", "</s>"])
+    model.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", chat_template="{{ messages }}"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocab), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=None,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(theirs, tmp_path_factory):
+    return convert(theirs, tmp_path_factory.mktemp("ours") / "run")
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".safetensors"}
+
+
+def test_what_goes_to_a_checkpoint_and_back_is_what_it_was(theirs, checkpoint, tmp_path):
+    back = convert(checkpoint, tmp_path / "back")
+    assert files(back) == files(theirs)
+    before, after = open_folder(theirs).tensors, open_folder(back).tensors
+    assert {n: (e.dtype, e.shape) for n, e in before.items()} == {n: (e.dtype, e.shape) for n, e in after.items()}
+    assert all(before.read(n).tobytes() == after.read(n).tobytes() for n in before)
+
+
+def test_a_folder_and_its_checkpoint_say_the_same(theirs, checkpoint):
+    def said(model):
+        cfg = GenerateConfig(
+            model=str(model), prompt=("ab",), max_new_tokens=8, sampling=Greedy(), precision="float32", stream=False
+        )
+        return generate(cfg, io.StringIO())[0].tokens
+
+    assert said(theirs) == said(checkpoint)
+    found = load(theirs)
+    assert found.start == (0,) and found.ends == (1,) and found.chat_template == "{{ messages }}"
+
+
+def test_weights_take_the_type_that_is_asked_for(checkpoint, tmp_path):
+    wide = open_folder(convert(checkpoint, tmp_path / "wide", dtype="float32"))
+    assert {e.dtype for e in wide.tensors.values()} == {np.dtype("float32")}
+
+
+def test_a_destination_that_holds_something_is_left_alone(theirs, checkpoint):
+    before = files(theirs)
+    with pytest.raises(UserError, match="is there already"):
+        convert(checkpoint, theirs)
+    assert files(theirs) == before
+
+
+def test_a_family_that_has_no_such_model_is_refused_with_the_reason(checkpoint, tmp_path, capsys):
+    assert main(["convert", str(checkpoint), str(tmp_path / "x"), "--family", "gpt2"]) == 2
+    assert "no gpt2 is like this model" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    assert main(["convert", str(checkpoint), str(tmp_path / "x"), "--family", "nothing"]) == 2
+    assert "known: " in capsys.readouterr().err
