@@ -26,7 +26,7 @@ def arrays():
     ids=["causal", "window-softcap", "full"],
 )
 def test_the_kernel_and_its_gradients_are_those_of_the_reference(attention):
-    mixing = Mixing(config.Attention(num_heads=N, num_kv_heads=K, **attention), H**-0.5, alibi=False)
+    mixing = Mixing(config.Attention(num_heads=N, num_kv_heads=K, **attention), H**-0.5, alibi=None)
     qkv, documents, cotangent = arrays()
     index = jnp.arange(T)[None]
     tokens = Tokens(index, index, documents, jnp.zeros((1, 1), bool))

@@ -16,6 +16,7 @@ from jaxllm.core.errors import ConfigError
 from jaxllm.models.config import Attention, DecoderConfig
 from jaxllm.models.layers.attention import Mixing, Tokens
 from jaxllm.models.module import abstract, merge
+from jaxllm.models.positions import ALiBi
 from jaxllm.objectives.config import NextToken
 from jaxllm.objectives.next_token import next_token
 from jaxllm.parallel import context
@@ -41,7 +42,7 @@ def random_mixing(r: random.Random, causal: bool, mesh: dict) -> Mixing:
         "softcap": r.choice([None, 3.0]), "window": r.choice([None, 7, 20]),
         "mask": mask if causal else r.choice([some, "full", mask]),
     })  # fmt: skip
-    return Mixing(cfg, 0.5, alibi=r.random() < 0.5)
+    return Mixing(cfg, 0.5, alibi=ALiBi() if r.random() < 0.5 else None)
 
 
 def arrays(num_kv_heads: int, seed: int = 0) -> tuple[jax.Array, ...]:
@@ -102,20 +103,20 @@ def test_attention_over_shared_rows_is_that_of_one_device_and_so_are_its_gradien
 @pytest.mark.parametrize("form", FORMS)
 def test_key_heads_that_do_not_divide_may_be_replicated_while_query_heads_are_shared(form):
     rules = ACTIVATIONS.model_copy(update={"kv_heads": None})
-    mixing = Mixing(Attention(num_heads=N, num_kv_heads=1), 0.5, alibi=False)
+    mixing = Mixing(Attention(num_heads=N, num_kv_heads=1), 0.5, alibi=None)
     assert_same_attention(form, {"context": 2, "tensor": 2}, mixing, rules)
 
 
 @pytest.mark.parametrize("form", ["ring", "balanced"])
 def test_queries_in_parts_attend_as_at_once(form, monkeypatch):
     monkeypatch.setattr(context, "LOGITS", 25)  # shares of 24 tokens: parts of 1 query, or of 2 in a chunk of 12
-    assert_same_attention(form, {"context": 2}, Mixing(Attention(num_heads=N, window=20), 0.5, alibi=True))
+    assert_same_attention(form, {"context": 2}, Mixing(Attention(num_heads=N, window=20), 0.5, alibi=ALiBi()))
 
 
 @pytest.mark.parametrize("form", ["ring", "balanced"])
 def test_no_device_has_an_array_of_a_row_by_a_row(form):
     square = re.compile(rf"\b{T},{T}\b")
-    mixing = Mixing(Attention(num_heads=N), 0.5, alibi=False)
+    mixing = Mixing(Attention(num_heads=N), 0.5, alibi=None)
     given = arrays(N)
     run = attended(spread(mesh_of(context=4), ACTIVATIONS, FORMS[form]), mixing, np.arange(T), packed_tokens())
     assert not square.search(run.lower(*given).compile().as_text())
@@ -142,7 +143,7 @@ def matmul_flops(eqn) -> int:
 @pytest.mark.parametrize("shares", [2, 4])
 def test_a_balanced_ring_does_half_the_work(shares):
     """Of 4n pairs of half shares 2n + 1 are looked at; the program is one for all devices, so each does as much."""
-    mixing, given = Mixing(Attention(num_heads=N), 0.5, alibi=False), arrays(N)
+    mixing, given = Mixing(Attention(num_heads=N), 0.5, alibi=None), arrays(N)
     flops = {}
     for form in ("ring", "balanced"):
         run = attended(spread(mesh_of(context=shares), ACTIVATIONS, FORMS[form]), mixing, np.arange(T), packed_tokens())
@@ -189,7 +190,7 @@ def test_what_remat_keeps_of_attention_spares_the_backward_pass_a_round():
 
 def test_blocks_are_sent_on_once_less_than_there_are_devices():
     """In the compiled program: what the last turn would send on is never asked for."""
-    mixing, tokens = Mixing(Attention(num_heads=N), 0.5, alibi=False), packed_tokens()
+    mixing, tokens = Mixing(Attention(num_heads=N), 0.5, alibi=None), packed_tokens()
     tokens = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, T)), tokens)
     ring = spread(mesh_of(context=2), ACTIVATIONS, Ring(balanced=False))
     text = jax.jit(lambda q, k, v: ring(mixing, q, k, v, tokens, tokens)).lower(*arrays(N)[:3]).compile().as_text()
@@ -199,7 +200,7 @@ def test_blocks_are_sent_on_once_less_than_there_are_devices():
 @pytest.mark.parametrize("form", FORMS)
 def test_stages_of_a_pipeline_may_be_at_different_places_of_the_program(form):
     """Stage 0 works in the first tick, stage 1 in the second, on what stage 0 has made; each over two devices."""
-    mesh, mixing = mesh_of(pipe=2, context=2), Mixing(Attention(num_heads=N), 0.5, alibi=False)
+    mesh, mixing = mesh_of(pipe=2, context=2), Mixing(Attention(num_heads=N), 0.5, alibi=None)
     order = zigzag(T, 2) if form == "balanced" else np.arange(T)
     tokens = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, T)), packed_tokens())
     there = jax.tree.map(lambda x: x[:, order], tokens)
@@ -231,7 +232,7 @@ def test_stages_of_a_pipeline_may_be_at_different_places_of_the_program(form):
 @pytest.mark.tpu_aot
 def test_a_tpu_sends_keys_and_values_on_while_it_computes(v5e):
     mesh = make_mesh(Mesh(fsdp=1, context=4), v5e)
-    mixing = Mixing(Attention(num_heads=N), 0.1, alibi=False)
+    mixing = Mixing(Attention(num_heads=N), 0.1, alibi=None)
     length = 4096
 
     def shaped(*size, dtype, axes):
