@@ -220,16 +220,15 @@ class Placed:
     def _scattered(self, x: Array, dim: int, names: tuple[str, ...]) -> Array:
         """Summed over mesh axes, each device keeping its share of one dimension.
 
-        libtpu (0.0.42) all-reduces where shares lie along the lanes and are no whole tiles of its matrix unit. A matrix
+        Ring after ring, libtpu (0.0.42) all-reduces where shares lie along the lanes and are no whole tiles. A matrix
         cut along its rows, its columns in lots of 128, it reduce-scatters as asked; on v6e shares of no multiple of
         256 must be laid out so instead (which costs 2 to 4 % of the cycles on v5e).
         """
         x = jax.numpy.moveaxis(x, dim, 0)
         rows, *rest = x.shape
-        if dim and self.platform == "tpu":
-            ring = ring_groups(self.mesh, names[0])[0]
-            share = rows // (len(ring[0]) if ring else self.mesh.shape[names[0]])
-            if self.mesh.devices.flat[0].device_kind == "TPU v6 lite" and share % (2 * LANES):
+        ring = ring_groups(self.mesh, names[0])[0]
+        if dim and self.platform == "tpu" and ring is not None:
+            if self.mesh.devices.flat[0].device_kind == "TPU v6 lite" and rows // len(ring[0]) % (2 * LANES):
                 x = with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
             elif len(rest) == 1 and rest[0] % LANES == 0:
                 x = x.reshape(rows, -1, LANES)
