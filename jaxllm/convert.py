@@ -1,11 +1,11 @@
 """The `convert` verb: a model from one of its forms to another, tensor by tensor.
 
-A run or checkpoint becomes a folder as Hugging Face has them; such a folder or a GGUF file becomes a checkpoint; a
-destination that ends in `.gguf` becomes one. What a folder holds besides weights travels with a checkpoint, as
-`source/`, so that a model goes back as it came.
+A run or checkpoint becomes a folder as Hugging Face has them; such a folder or a GGUF file becomes a checkpoint. What a
+folder holds besides weights travels with a checkpoint, as `source/`, so that a model goes back as it came.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import numpy as np
 from jaxllm.core.errors import ConfigError, UserError
 from jaxllm.interop import folder as hugging_face
 from jaxllm.interop import llamacpp
-from jaxllm.interop.weights import Kept
+from jaxllm.interop.weights import Kept, commonest
 from jaxllm.models import layout
 from jaxllm.models.config import DecoderConfig
 from jaxllm.pretrained import TOKENIZERS, tokenizer_of_folder
@@ -34,7 +34,7 @@ class Found(NamedTuple):
     dtypes: Mapping[str, np.dtype]
     read: Callable[[str], np.ndarray]
     source: hugging_face.Source | None
-    save_tokenizer: Callable[[Path], None] | None  # None: it has none
+    save_tokenizer: Callable[[Path], Any] | None  # None: it has none
 
 
 def run(source: str | Path, destination: str | Path, *, dtype: str | None = None, family: str | None = None) -> Path:
@@ -89,7 +89,7 @@ def open_model(path: Path) -> tuple[Found, bool]:
     logical = layout.unstack(stored.params, stored.model_cfg)
     shapes, dtypes = ({n: getattr(x, what) for n, x in logical.items()} for what in ("shape", "dtype"))
     has_one = (stored.folder / "tokenizer").is_dir()
-    save = (lambda to: _copy(stored.folder / "tokenizer", to)) if has_one else None
+    save = (lambda to: shutil.copytree(stored.folder / "tokenizer", to, dirs_exist_ok=True)) if has_one else None
     read = lambda name: np.asarray(logical[name])
     return Found(stored.model_cfg, shapes, dtypes, read, read_source(stored.folder), save), True
 
@@ -104,7 +104,7 @@ def save_checkpoint(found: Found, run_folder: Path) -> None:
         )
         for key, parts in names.items()
     }
-    kind = max((str(d) for d in found.dtypes.values()), key=[str(d) for d in found.dtypes.values()].count)
+    kind = commonest(found.dtypes.values()).name
     files: dict[str, Path | str] = {"config.yaml": f"precision: {{kind: {kind}}}\n"}
     beside = run_folder / "files"
     run_folder.mkdir(parents=True, exist_ok=True)
@@ -134,9 +134,3 @@ def read_source(checkpoint: Path) -> hugging_face.Source | None:
     files = {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != KEPT}
     kept = Kept(said["bare"], tuple(said["tied"]))
     return hugging_face.Source(said["family"], json.loads(files["config.json"]), files, kept)
-
-
-def _copy(source: Path, destination: Path) -> None:
-    destination.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        (destination / file.name).write_bytes(file.read_bytes())

@@ -13,13 +13,12 @@ from jaxllm.data import tokenizers
 from jaxllm.data.config import HfTokenizer, SentencePieceTokenizer
 from jaxllm.interop import folder as hugging_face
 from jaxllm.interop import llamacpp
-from jaxllm.interop.weights import Weights
+from jaxllm.interop.weights import Weights, commonest
 from jaxllm.interop.weights import load as load_weights
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.module import abstract, merge
 from jaxllm.train.checkpoint import load_params, steps
-
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # files of a folder that a tokenizer is read from
 
@@ -71,8 +70,7 @@ def checkpoint_of(folder: Path, step: int | None) -> Path:
 
 def _hugging_face(folder: Path, precision: str | None) -> Pretrained:
     read = hugging_face.open_folder(folder)
-    stored = [entry.dtype for entry in read.tensors.values()]
-    dtype = np.dtype(precision) if precision else max(set(stored), key=stored.count)
+    dtype = np.dtype(precision) if precision else commonest(entry.dtype for entry in read.tensors.values())
     tokenizer, start = tokenizer_of_folder(folder)
     said = {**read.source.config, **_json(read.source.files.get("generation_config.json"))}
     ends = said.get("eos_token_id")

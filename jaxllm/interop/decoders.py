@@ -5,7 +5,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxllm.interop.family import LAYERS, Family, Given, Part, at
-from jaxllm.interop.names import QKV, Row, Table, fused, heads_fused, in_shares, layers, linear, norm, table, tensor
+from jaxllm.interop.names import (
+    QKV,
+    Row,
+    Table,
+    fused,
+    heads_fused,
+    in_shares,
+    layers,
+    linear,
+    matrix,
+    norm,
+    table,
+    tensor,
+)
 from jaxllm.models.config import DecoderConfig
 
 # --- parts that families share -------------------------------------------------------------------------------------
@@ -105,23 +118,24 @@ def _rope_parameters(cfg: DecoderConfig, rope: Any, default: float = 1.0) -> dic
     return {"rope_parameters": said | more, **old, "rope_scaling": said | more}
 
 
-def windows(key: str = "sliding_window", default: bool = True) -> Part:
-    """Sliding windows of some layers: as `layer_types` says, or of all (or none) where it is absent."""
+def windows(full_every: int) -> Part:
+    """Sliding windows as `layer_types` says or, where it is absent, of all layers but every so many."""
 
     def ours(given: Given) -> dict[str, Any]:
-        types = given.get("layer_types")
-        if types is None:
-            types = ["sliding_attention" if default else "full_attention"] * given["num_hidden_layers"]
-        return {LAYERS: [{"attention.window": given.get(key) if t.startswith("sliding") else None} for t in types]}
+        slides = [t.startswith("sliding") for t in given.get("layer_types") or ()]
+        if given.get("layer_types") is None:
+            every = given.get("sliding_window_pattern", full_every)
+            slides = [bool((i + 1) % every) for i in range(given["num_hidden_layers"])]
+        return {LAYERS: [{"attention.window": given.get("sliding_window") if slide else None} for slide in slides]}
 
-    # Some classes want a window where no layer uses one.
-    return Part(ours, lambda cfg: {key: 4096} | {k: v for k, v in _windowed(cfg, key).items() if v is not None})
+    # Their classes want a window where no layer uses one.
+    return Part(ours, lambda cfg: {"sliding_window": 4096} | {k: v for k, v in _windowed(cfg).items() if v is not None})
 
 
-def _windowed(cfg: DecoderConfig, key: str) -> dict[str, Any]:
+def _windowed(cfg: DecoderConfig) -> dict[str, Any]:
     found = [cfg.layer(i).attention.window for i in range(cfg.num_layers)]
     types = ["full_attention" if w is None else "sliding_attention" for w in found]
-    return {"layer_types": types, key: next((w for w in found if w), None)}
+    return {"layer_types": types, "sliding_window": next((w for w in found if w), None)}
 
 
 def qwen_windows() -> Part:
@@ -134,7 +148,7 @@ def qwen_windows() -> Part:
         return {LAYERS: [{"attention.window": window if slide else None} for slide in slides]}
 
     def theirs(cfg: DecoderConfig) -> dict[str, Any]:
-        said = _windowed(cfg, "sliding_window")
+        said = _windowed(cfg)
         first = next((i for i, t in enumerate(said["layer_types"]) if t.startswith("sliding")), cfg.num_layers)
         return said | {"use_sliding_window": said["sliding_window"] is not None, "max_window_layers": first}
 
@@ -163,6 +177,12 @@ def rotary_dim(default: int = 64) -> Part:
             "rotary_dim": round(cfg.head_dim(cfg.block.attention) * at(cfg.block.attention, "position.fraction"))
         },
     )
+
+
+def _scaled_as_usual(cfg: DecoderConfig) -> bool:
+    """Whether the logits of the first layer are divided by the root of a head's size."""
+    a = cfg.layer(0).attention
+    return math.isclose(a.scale, cfg.head_dim(a) ** -0.5)
 
 
 # --- names and keys that many share --------------------------------------------------------------------------------
@@ -231,6 +251,8 @@ def llama_like(kind: str, architecture: str, **changes: Any) -> Family:
     return Family(kind, architecture, **standard | changes)
 
 
+QK_EPSILON = {"rms_norm_eps": ("block.norm.epsilon", "block.attention.qk_norm.epsilon")}
+WINDOW = {"sliding_window": "block.attention.window"}  # of all layers alike
 HEAD_DIM = {"head_dim": "block.attention.head_dim"}
 ATTENTION_BIAS = {"attention_bias": ("block.attention.bias", "block.attention.out_bias")}
 LLAMA_DEFAULTS = {
@@ -245,12 +267,8 @@ LLAMA = llama_like(
     sizes=SIZES | HEAD_DIM | ATTENTION_BIAS | {"mlp_bias": "block.ffn.bias"}, defaults=LLAMA_DEFAULTS,
 )  # fmt: skip
 MISTRAL = llama_like(
-    "mistral", "MistralForCausalLM", sizes=SIZES | HEAD_DIM,
+    "mistral", "MistralForCausalLM", sizes=SIZES | HEAD_DIM | WINDOW,
     defaults=LLAMA_DEFAULTS | {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
-    parts=(rope(), Part(
-        lambda given: {"block.attention.window": given["sliding_window"]},
-        lambda cfg: {"sliding_window": cfg.block.attention.window},
-    )),
 )  # fmt: skip
 QWEN2 = llama_like(
     "qwen2", "Qwen2ForCausalLM", sizes=SIZES, fixed=LLAMA_FIXED | {"block.attention.bias": True},
@@ -261,15 +279,14 @@ QWEN2 = llama_like(
     parts=(rope(), qwen_windows()),
 )  # fmt: skip
 QWEN3 = llama_like(
-    "qwen3", "Qwen3ForCausalLM", names=table(LLAMA_NAMES, QK_NORMS), sizes=SIZES | HEAD_DIM | ATTENTION_BIAS,
+    "qwen3", "Qwen3ForCausalLM", names=table(LLAMA_NAMES, QK_NORMS),
+    sizes=SIZES | HEAD_DIM | ATTENTION_BIAS | QK_EPSILON,
     fixed=LLAMA_FIXED | {"block.attention.qk_norm.kind": "rmsnorm"},
     defaults=LLAMA_DEFAULTS | {
         "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768, "use_sliding_window": False,
         "sliding_window": 4096, "max_window_layers": 28,
     },
-    parts=(rope(), qwen_windows(), Part(
-        lambda given: {"block.attention.qk_norm.epsilon": given["rms_norm_eps"]}, lambda cfg: {},
-    )),
+    parts=(rope(), qwen_windows()),
 )  # fmt: skip
 
 
@@ -317,25 +334,9 @@ GEMMA2_DEFAULTS = {
 }  # fmt: skip
 
 
-def alternating(full_every: int) -> Part:
-    """Windows of all layers but every so many, where `layer_types` does not say it."""
-    part = windows()
-
-    def ours(given: Given) -> dict[str, Any]:
-        if given.get("layer_types") is None:
-            every = given.get("sliding_window_pattern", full_every)
-            kinds = [
-                "sliding_attention" if (i + 1) % every else "full_attention" for i in range(given["num_hidden_layers"])
-            ]
-            given = Given({**given.given, "layer_types": kinds}, given.defaults, given.name)
-        return part.ours(given)
-
-    return Part(ours, part.theirs)
-
-
 def _gemma3_layers() -> Part:
     """Local layers with a window and a shorter wavelength, every sixth global (arXiv:2503.19786, section 2)."""
-    pattern = alternating(6)
+    pattern = windows(6)
 
     def ours(given: Given) -> dict[str, Any]:
         said = given.get("rope_parameters") or {}
@@ -369,10 +370,11 @@ GEMMA = gemma("gemma", "GemmaForCausalLM", only={"use_bidirectional_attention": 
 GEMMA2 = gemma(
     "gemma2", "Gemma2ForCausalLM", names=GEMMA2_NAMES, sizes=GEMMA2_SIZES, defaults=GEMMA2_DEFAULTS,
     fixed=LLAMA_FIXED | {"block.norm.unit_offset": True, "block.placement.kind": "sandwich"},
-    parts=(rope(), EMBED_SCALE, QUERY_SCALE, alternating(2)), only={"use_bidirectional_attention": None},
+    parts=(rope(), EMBED_SCALE, QUERY_SCALE, windows(2)), only={"use_bidirectional_attention": None},
 )  # fmt: skip
 GEMMA3 = gemma(
-    "gemma3_text", "Gemma3ForCausalLM", names=table(GEMMA2_NAMES, QK_NORMS), sizes=but(GEMMA2_SIZES, "attn_logit_softcapping"),
+    "gemma3_text", "Gemma3ForCausalLM", names=table(GEMMA2_NAMES, QK_NORMS),
+    sizes=but(GEMMA2_SIZES, "attn_logit_softcapping") | QK_EPSILON,
     defaults=GEMMA2_DEFAULTS | {
         "vocab_size": 262_208, "max_position_embeddings": 131_072, "final_logit_softcapping": None,
         "attn_logit_softcapping": None,
@@ -381,9 +383,7 @@ GEMMA3 = gemma(
         "block.norm.unit_offset": True, "block.placement.kind": "sandwich", "block.attention.qk_norm.kind": "rmsnorm",
         "block.attention.qk_norm.unit_offset": True,
     },
-    parts=(EMBED_SCALE, QUERY_SCALE, _gemma3_layers(), Part(
-        lambda given: {"block.attention.qk_norm.epsilon": given["rms_norm_eps"]}, lambda cfg: {},
-    )),
+    parts=(EMBED_SCALE, QUERY_SCALE, _gemma3_layers()),
     only={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
 )  # fmt: skip
 OLMO = llama_like(
@@ -395,7 +395,7 @@ OLMO = llama_like(
     defaults=LLAMA_DEFAULTS | {"clip_qkv": None},
 )  # fmt: skip
 OLMO2 = llama_like(
-    "olmo2", "Olmo2ForCausalLM", sizes=SIZES | ATTENTION_BIAS,
+    "olmo2", "Olmo2ForCausalLM", sizes=SIZES | ATTENTION_BIAS | QK_EPSILON,
     names=table(
         outside("model.embed_tokens", "model.norm"), QK_NORMS,
         layers("model.layers.{}", projections("self_attn"), gated(),
@@ -406,7 +406,6 @@ OLMO2 = llama_like(
         "block.attention.qk_norm_over": "heads",
     },
     defaults=LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5},
-    parts=(rope(), Part(lambda given: {"block.attention.qk_norm.epsilon": given["rms_norm_eps"]}, lambda cfg: {})),
 )  # fmt: skip
 PHI3 = llama_like(
     "phi3", "Phi3ForCausalLM",
@@ -416,10 +415,10 @@ PHI3 = llama_like(
                fused("mlp.gate_up_proj", ("ffn.gate", "ffn.up")), linear("mlp.down_proj", "ffn.down"), norms()),
     ),
     defaults=LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None},
+    sizes=SIZES | WINDOW,
     parts=(rope(), Part(
-        lambda given: {"block.attention.window": given["sliding_window"]},
-        lambda cfg: {"sliding_window": cfg.block.attention.window,
-                     "original_max_position_embeddings": getattr(cfg.block.attention.position.scaling, "original", cfg.context)},
+        lambda given: {},
+        lambda cfg: {"original_max_position_embeddings": at(cfg, "block.attention.position.scaling.original") or cfg.context},
     )),
 )  # fmt: skip
 PHI = Family(
@@ -449,8 +448,8 @@ STARCODER2 = Family(
         outside("model.embed_tokens", "model.norm"),
         layers("model.layers.{}", projections("self_attn"), plain("mlp.c_fc", "mlp.c_proj"), norms()),
     ),
-    sizes=but(SIZES, "rms_norm_eps") | {
-        "norm_epsilon": "block.norm.epsilon", "sliding_window": "block.attention.window",
+    sizes=but(SIZES, "rms_norm_eps") | WINDOW | {
+        "norm_epsilon": "block.norm.epsilon",
         "use_bias": ("block.ffn.bias", "block.attention.bias", "block.attention.out_bias"),
     },
     fixed=LAYERNORM,
@@ -476,7 +475,7 @@ GPT2 = Family(
     only={"add_cross_attention": False},
     parts=(width("n_inner"), Part(
         lambda given: {LAYERS: [{"attention.scale": scale} for scale in _gpt2_scales(given)]},
-        lambda cfg: {"scale_attn_weights": math.isclose(cfg.layer(0).attention.scale, cfg.head_dim(cfg.layer(0).attention) ** -0.5),
+        lambda cfg: {"scale_attn_weights": _scaled_as_usual(cfg),
                      "scale_attn_by_inverse_layer_idx": cfg.num_layers > 1 and cfg.layer(1).attention.scale < 0.75 * cfg.layer(0).attention.scale},
     )),
     drop=("attn.bias", "attn.masked_bias"),
@@ -592,8 +591,8 @@ OPT = Family(
     names=table(
         outside("model.decoder.embed_tokens", "model.decoder.final_layer_norm"),
         tensor("model.decoder.embed_positions.weight", "positions"),
-        (Row(("model.decoder.project_in.weight",), ("table_in",), linear("", "x.x")[0].form),
-         Row(("model.decoder.project_out.weight",), ("table_out",), linear("", "x.x")[0].form)),
+        tensor("model.decoder.project_in.weight", "table_in", matrix()),
+        tensor("model.decoder.project_out.weight", "table_out", matrix()),
         layers("model.decoder.layers.{}", projections("self_attn", o="out_proj"), plain("fc1", "fc2"),
                norms("self_attn_layer_norm", "final_layer_norm")),
     ),
@@ -736,7 +735,7 @@ def _mpt_ours(given: Given) -> dict[str, Any]:
 
 def _mpt_theirs(cfg: DecoderConfig) -> dict[str, Any]:
     a = cfg.block.attention
-    own = None if math.isclose(a.scale, cfg.head_dim(a) ** -0.5) else a.scale
+    own = None if _scaled_as_usual(cfg) else a.scale
     return {
         "attn_config": {"model_type": "", "alibi": True, "clip_qkv": a.clip, "softmax_scale": own},
     }
@@ -767,7 +766,7 @@ GPT_BIGCODE = Family(
         lambda given: {"block.attention.num_kv_heads": 1 if given["multi_query"] else None,
                        "block.attention.scale": None if given["scale_attn_weights"] else 1.0},
         lambda cfg: {"multi_query": cfg.block.attention.num_kv_heads == 1,
-                     "scale_attn_weights": math.isclose(cfg.block.attention.scale, cfg.head_dim(cfg.block.attention) ** -0.5)},
+                     "scale_attn_weights": _scaled_as_usual(cfg)},
     )),
     drop=("attn.bias", "attn.masked_bias"),
 )  # fmt: skip

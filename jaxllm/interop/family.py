@@ -24,23 +24,21 @@ class Given(Mapping[str, Any]):
     """The keys of a `config.json`, with those it leaves out as the family's class has them."""
 
     def __init__(self, given: Mapping[str, Any], defaults: Mapping[str, Any], name: str = "config.json"):
-        self.given, self.defaults, self.name = given, defaults, name
+        self._said, self.name = {**defaults, **given}, name
 
     def __getitem__(self, key: str) -> Any:
-        if key in self.given:
-            return self.given[key]
-        if key in self.defaults:
-            return self.defaults[key]
-        raise CheckpointError(f"{self.name}: {key} is missing")
+        if key not in self._said:
+            raise CheckpointError(f"{self.name}: {key} is missing")
+        return self._said[key]
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self.given or key in self.defaults else default
+        return self._said.get(key, default)
 
     def __iter__(self):
-        return iter({**self.defaults, **self.given})
+        return iter(self._said)
 
     def __len__(self) -> int:
-        return len({**self.defaults, **self.given})
+        return len(self._said)
 
     def refuse(self, key: str, right: str) -> CheckpointError:
         return CheckpointError(f"{self.name}: {key}={json.dumps(self.get(key))}; {right}")
@@ -117,7 +115,7 @@ class Family:
         """
         cfg = resolved(cfg)
         config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.kind}
-        config |= {key: value for key, value in self.only.items()}
+        config |= self.only
         for key, where in self.sizes.items():
             path = where if isinstance(where, str) else where[0]
             value = at(cfg, path)

@@ -15,11 +15,10 @@ from jaxllm.core.errors import CheckpointError, ConfigError
 from jaxllm.interop import safetensors
 from jaxllm.interop.decoders import FAMILIES
 from jaxllm.interop.family import Family, differences, resolved
-from jaxllm.interop.weights import Kept, Weights, tensors_of
+from jaxllm.interop.weights import Kept, Weights, commonest, tensors_of
 from jaxllm.models.config import DecoderConfig
 
 BY_KIND = {kind: family for family in FAMILIES for kind in (family.kind, *family.also)}
-BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -127,7 +126,8 @@ def save_folder(
     folder = Path(folder)
     family = family or (BY_KIND[source.family] if source else fitting(cfg))
     # Without a source nothing is known of special tokens; the ids that classes have by default are other models'.
-    config, files = dict.fromkeys(SPECIAL) | family.theirs(cfg), {}
+    said = family.theirs(cfg)
+    config, files = dict.fromkeys(SPECIAL) | said, {}
     if source is not None and source.family == family.kind:
         files = {n: data for n, data in source.files.items() if n != "config.json"}
         before = family.ours(source.config)
@@ -135,13 +135,12 @@ def save_folder(
             config = source.config
             files["config.json"] = source.files["config.json"]
         else:
-            config = {**source.config, **family.theirs(cfg)}
+            config = {**source.config, **said}
     kept = source.kept if source is not None and source.family == family.kind else Kept()
     made = tensors_of(family, cfg, shapes, kept)
     types = {n: np.result_type(*(dtypes[o] for o in row.ours)) for n, (_, row) in made.items()}
     if "config.json" not in files:
-        main = max(set(types.values()), key=list(types.values()).count)
-        config |= {"dtype": main.name}
+        config |= {"dtype": commonest(types.values()).name}
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     folder.mkdir(parents=True, exist_ok=True)
 

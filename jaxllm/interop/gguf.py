@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from jaxllm.core.errors import CheckpointError
+from jaxllm.data.manifest import publish
 from jaxllm.interop import ggml
 
 _MAGIC = b"GGUF"
@@ -382,10 +383,7 @@ def write_gguf(
                 tensor = tensors[name]
                 _write_tensor(f, path, name, produce(name) if isinstance(tensor, Spec) else tensor, planned)
             f.write(bytes(-f.tell() % alignment))  # after the last one too: llama.cpp reads whole multiples
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-        _sync_folder(path.parent)
+        publish(part, path)
     except BaseException as e:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -441,15 +439,6 @@ def _write_tensor(f: BinaryIO, path: Path, name: str, tensor: Any, planned: _Pla
             f.write(ggml.quantise(flat[start : start + _CHUNK], planned.kind))
         except ValueError as e:
             raise CheckpointError(f"{path}: {name}: {e}") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Returns when the names in a folder are on the disk."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _typed(value: Any, what: str, depth: int = 0) -> tuple[int, bytes]:

@@ -77,34 +77,21 @@ def matrix(inputs: int = 1, *, transposed: bool = True) -> Form:
     return Form(ours, back)
 
 
-def side_by_side(*, transposed: bool = True) -> Form:
+def side_by_side(*, bias: bool = False, transposed: bool = True) -> Form:
     """Matrices or biases whose outputs follow one another in one tensor: all of q, all of k, all of v."""
+    turn = (lambda x: x) if bias or not transposed else (lambda x: x.T)
 
     def ours(theirs, shapes):
         (x,) = theirs
-        x = x.T if transposed else x
-        sizes = [int(np.prod(s[1:] if x.ndim == 2 else s)) for s in shapes]
-        parts = np.split(x, np.cumsum(sizes)[:-1], axis=-1)
+        sizes = [int(np.prod(s if bias else s[1:])) for s in shapes]
+        parts = np.split(turn(x), np.cumsum(sizes)[:-1], axis=-1)
         return [p.reshape(s) for p, s in zip(parts, shapes, strict=True)]
 
     def back(ours):
-        # w_q [D, N, H] but b_q [N, H], w_up [D, F] but b_up [F]: a weight has one dimension more than its bias.
-        flat = [x if x.ndim == 1 else _flat(x, 1) for x in ours]
-        x = _numpy(flat[0]).concatenate(flat, -1)
-        return [x.T if transposed else x]
+        flat = [x.reshape(-1) if bias else _flat(x, 1) for x in ours]
+        return [turn(_numpy(flat[0]).concatenate(flat, -1))]
 
     return Form(ours, back)
-
-
-def biases_side_by_side() -> Form:
-    """The biases of `side_by_side`."""
-
-    def ours(theirs, shapes):
-        (x,) = theirs
-        parts = np.split(x, np.cumsum([int(np.prod(s)) for s in shapes])[:-1])
-        return [p.reshape(s) for p, s in zip(parts, shapes, strict=True)]
-
-    return Form(ours, lambda ours: [_numpy(ours[0]).concatenate([x.reshape(-1) for x in ours])])
 
 
 def by_head(*, bias: bool = False, transposed: bool = True) -> Form:
@@ -169,7 +156,7 @@ def fused(theirs: str, ours: Sequence[str], *, transposed: bool = True) -> Table
     """A module that holds several of ours, one after the other."""
     return (
         Row((f"{theirs}.weight",), tuple(map(_weight, ours)), side_by_side(transposed=transposed)),
-        Row((f"{theirs}.bias",), tuple(map(_bias, ours)), biases_side_by_side()),
+        Row((f"{theirs}.bias",), tuple(map(_bias, ours)), side_by_side(bias=True)),
     )
 
 

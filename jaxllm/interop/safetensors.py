@@ -5,7 +5,6 @@ and `data_offsets` (first byte and end, counted from the end of the header), the
 row, without holes (https://github.com/huggingface/safetensors). Nothing here imports JAX.
 """
 
-import hashlib
 import json
 import math
 import mmap
@@ -22,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.core.errors import CheckpointError
+from jaxllm.data.manifest import sha256, sync
 
 # In the order in which the reference library lays tensors out: wide ones first, which keeps all of them aligned.
 _TYPES = {
@@ -319,8 +319,7 @@ def verify(folder: str | Path) -> int:
 def _fault(file: Path, digest: str) -> str | None:
     if not os.path.isfile(file):
         return "is missing"
-    with file.open("rb") as f:
-        return None if hashlib.file_digest(f, "sha256").hexdigest() == digest.lower() else "differs"
+    return None if sha256(file) == digest.lower() else "differs"
 
 
 def write(
@@ -376,13 +375,13 @@ def write_folder(
             _write(part, {name: tensors[name] for name in names}, produce, metadata)
         if of > 1 and any(file.exists() for file in files):
             index.unlink(missing_ok=True)  # a crash among the renames must not leave a mixture that opens
-            _sync(folder)
+            sync(folder)
     if of > 1:
         weight_map = {name: file.name for file, names in zip(files, shards, strict=True) for name in names}
         tree = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         with _staged([index]) as (part,):
             part.write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            _sync(part)
+            sync(part)
         files.append(index)
     for old in folder.iterdir():
         if _SAVED.fullmatch(old.name) and old not in files:
@@ -398,18 +397,10 @@ def _staged(files: list[Path]) -> Iterator[list[Path]]:
         yield parts
         for part, file in zip(parts, files, strict=True):
             os.replace(part, file)
-        _sync(files[0].parent)
+        sync(files[0].parent)
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _write(

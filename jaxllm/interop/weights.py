@@ -1,6 +1,7 @@
 """Weights of a model by our logical names, out of tensors with the names of its family, and back; one at a time."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,11 @@ class Kept(NamedTuple):
 def logical_shapes(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of a model's weights, one a layer."""
     return {name: x.shape for name, x in layout.unstack(abstract(cfg)[1], cfg).items()}
+
+
+def commonest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The type of most tensors."""
+    return Counter(dtypes).most_common(1)[0][0]
 
 
 class Weights(Mapping[str, np.ndarray]):

@@ -107,6 +107,10 @@ class LongRoPE(Config):
     original: int = Field(gt=0)  # length in training
     attention: float = Field(1.0, gt=0)  # multiplies sines and cosines
 
+    @property
+    def temperature(self) -> float:
+        return self.attention
+
 
 Scaling = union(Interpolated, NTK, DynamicNTK, YaRN, Llama3, LongRoPE)
 

@@ -436,7 +436,9 @@ class RunConfig(Config):
             "dropout is drawn for whole rows; set model.dropout to 0": any(self.model.dropout.model_dump().values()),
             f"mesh axis {' x '.join(self.sharing_rows)} cuts rows too; set it to 1": self.sharing_rows,
             "they keep their inputs alone; set pipeline.recompute to true": not self.pipeline.recompute,
-            "its angles depend on how long a whole document is; drop position.scaling": any(rope.by_length for rope, _ in self.model.ropes),
+            "its angles depend on how long a whole document is; drop position.scaling": any(
+                rope.by_length for rope, _ in self.model.ropes
+            ),
         }
         return [f"pipeline.schedule.slices: {why}, or slices to 1" for why, holds in reasons.items() if holds]
 

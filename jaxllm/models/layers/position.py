@@ -28,7 +28,7 @@ def rotation(
       length_BT: length of the document that a token is of, for a `cfg` of which it is asked (`by_length`).
     """
     angle_BTR = pos_BT[..., None].astype(jnp.float32) * frequencies(cfg, length_BT, rotary_dim)
-    by = getattr(cfg.scaling, "temperature", None) or getattr(cfg.scaling, "attention", None) or 1.0
+    by = getattr(cfg.scaling, "temperature", 1.0)
     return Rotation(by * jnp.sin(angle_BTR), by * jnp.cos(angle_BTR))
 
 
