@@ -11,10 +11,12 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from jaxllm.core.config import Config, merge, union
 from jaxllm.models.masks import Causal, Mask
-from jaxllm.models.positions import LayerPosition, Position, RoPE
+from jaxllm.models.positions import LayerPosition, Learned, Position, Relative, RoPE
 
 if TYPE_CHECKING:
     from jaxllm.models.decoder import Decoder
+    from jaxllm.models.encoder import Encoder
+    from jaxllm.models.encoder_decoder import EncoderDecoder
 
 
 # --- norms ---------------------------------------------------------------------------------------------------
@@ -118,6 +120,7 @@ class Attention(Config):
     num_kv_heads: int | None = Field(None, gt=0)  # key and value heads; null: as many as query heads
     head_dim: int | None = Field(None, gt=0)  # size of a head; null: embed / num_heads
     bias: bool = False  # biases on the query, key and value projections
+    key_bias: bool = True  # with `bias`, on the keys too (DeBERTa: on queries and values only)
     out_bias: bool = False  # bias on the output projection
     position: LayerPosition | None = None  # how order is told to this layer; null: as `position` of the model says
     clip: float | None = Field(None, gt=0)  # queries, keys and values are cut at +-this (MPT, OLMo)
@@ -172,6 +175,7 @@ class Block(Config):
     norm: Norm = RMSNorm()  # the norm used everywhere in the layer
     placement: Placement = Pre()  # where the norms stand
     attention: Attention = Attention()  # the attention
+    cross: Attention | None = None  # attention to an encoder's output, between the two (decoders of encoder-decoders)
     ffn: FFN = FFN()  # the feed-forward
 
 
@@ -211,33 +215,29 @@ class Xavier(Config):
 Init = union(FanIn, Normal, SmallInit, Xavier)
 
 
-# --- the decoder ---------------------------------------------------------------------------------------------
+# --- stacks of layers ----------------------------------------------------------------------------------------
 
 
-class DecoderConfig(Config):
-    """A decoder-only language model.
+class Stack(Config):
+    """What decoders and encoders have in common: embeddings, layers, how order is told.
 
     Layers repeat `pattern` (each entry is `block` with what the entry says laid over it; empty: `block` alone):
     one entry for LLaMA, two for Gemma 2's local and global layers. Layers of one entry are stacked and scanned.
     """
 
-    kind: Literal["decoder"] = "decoder"
     vocab: int | None = Field(None, gt=0)  # rows of the embedding; null: the size of the data's tokenizer
     context: int = Field(2048, gt=0)  # longest sequence the model is meant for
     embed: int = Field(512, gt=0)  # width of the residual stream
-    table: int | None = Field(None, gt=0)  # width of embedding and head, then projected (OPT 350M); null: embed
+    table: int | None = Field(None, gt=0)  # width of embedding and head, then projected (OPT 350M, ALBERT); null: embed
     num_layers: int = Field(8, gt=0)  # layers
     block: Block = Block()  # what a layer is
     pattern: tuple[Block, ...] = ()  # a repeating group of layers that differ, each a diff to `block`
     position: Position = RoPE()  # how order is told
+    relative: Relative | None = None  # what distance adds to the logits of attention, besides `position`
+    random_positions: int | None = Field(None, gt=0)  # positions that those of tokens are drawn from (2305.16843)
     embed_scale: float = Field(1.0, gt=0)  # embeddings are multiplied by this (Gemma, T5: sqrt(embed))
-    embedding_norm: Norm | None = None  # norm of the embeddings (BLOOM, arXiv:2211.05100)
+    embedding_norm: Norm | None = None  # norm of the embeddings (BERT; BLOOM, arXiv:2211.05100)
     final_norm: bool = True  # norm before the output head; post-norm stacks end in a norm already
-    tie: bool = False  # output head = embedding transposed (Press & Wolf 2016, arXiv:1608.05859)
-    head_bias: bool = False  # bias on the output head (GPT-J)
-    head_norm: bool = False  # rows of the head are scaled to length 1 (Baichuan 2, arXiv:2309.10305, section 2.3)
-    logit_scale: float = Field(1.0, gt=0)  # final logits are multiplied by this (MPT)
-    logit_softcap: float | None = Field(None, gt=0)  # final logits -> c tanh(logits / c) (Gemma 2)
     dropout: Dropout = Dropout()  # regularisation in training
     init: Init = FanIn()  # how weights start
 
@@ -273,6 +273,11 @@ class DecoderConfig(Config):
                         f"position.scaling.{wrong[0]} has {len(getattr(position.scaling, wrong[0]))} divisors for "
                         f"{rotated // 2} frequencies"
                     )
+            if block.cross is not None and block.placement.kind not in ("pre", "post"):
+                raise ValueError(f"cross needs placement=pre or post, got {block.placement.kind}")
+        sizes = {(b.attention.num_heads, self.head_dim(b.attention)) for b in self.blocks}
+        if self.relative is not None and len(sizes) > 1:
+            raise ValueError(f"relative={self.relative.kind} needs layers with as many heads, and of a size; got {sizes}")
         if len(self.blocks) > self.num_layers:
             raise ValueError(f"pattern has {len(self.blocks)} entries for num_layers={self.num_layers}")
         if len({b.placement.kind in ("post", "deepnorm") for b in self.blocks}) > 1:
@@ -321,6 +326,17 @@ class DecoderConfig(Config):
     def deepnorm_beta(self) -> float:
         return math.pow(8 * self.num_layers, -0.25)
 
+
+class DecoderConfig(Stack):
+    """A decoder-only language model."""
+
+    kind: Literal["decoder"] = "decoder"
+    tie: bool = False  # output head = embedding transposed (Press & Wolf 2016, arXiv:1608.05859)
+    head_bias: bool = False  # bias on the output head (GPT-J)
+    head_norm: bool = False  # rows of the head are scaled to length 1 (Baichuan 2, arXiv:2309.10305, section 2.3)
+    logit_scale: float = Field(1.0, gt=0)  # final logits are multiplied by this (MPT)
+    logit_softcap: float | None = Field(None, gt=0)  # final logits -> c tanh(logits / c) (Gemma 2)
+
     def build(self, seed: int = 0) -> "Decoder":
         """The model with freshly initialised float32 weights."""
         from flax import nnx
@@ -330,7 +346,165 @@ class DecoderConfig(Config):
         return Decoder(self, rngs=nnx.Rngs(seed))
 
 
-Model = union(DecoderConfig)
+# --- encoders ------------------------------------------------------------------------------------------------
+
+
+class Mlm(Config):
+    """Logits of the token at each place: act(x W), norm, embedding transposed (Devlin et al. 2018, arXiv:1810.04805)."""
+
+    kind: Literal["mlm"] = "mlm"
+    activation: Activation = "gelu"  # of the projection to the width of the embedding
+    tie: bool = True  # output = embedding transposed
+
+
+class Pooled(Config):
+    """Logits of a row, of its first token's `pooler` (Devlin et al. 2018, arXiv:1810.04805, section 3.2)."""
+
+    kind: Literal["classification"] = "classification"
+    labels: int = Field(2, gt=0)  # classes, or 1 for a regression
+
+
+class NextSentence(Config):
+    """Whether the second part follows the first: 2 logits of a row (BERT, section 3.1)."""
+
+    kind: Literal["nsp"] = "nsp"
+
+
+class SentenceOrder(Config):
+    """Whether two parts stand in their order: 2 logits of a row (ALBERT, arXiv:1909.11942, section 3.1)."""
+
+    kind: Literal["sop"] = "sop"
+
+
+class ReplacedToken(Config):
+    """One logit a token: whether a generator replaced it (ELECTRA, arXiv:2003.10555)."""
+
+    kind: Literal["rtd"] = "rtd"
+    activation: Activation = "gelu"  # of the projection before it
+
+
+class PerToken(Config):
+    """Logits of each token: named entities, parts of speech."""
+
+    kind: Literal["tokens"] = "tokens"
+    labels: int = Field(2, gt=0)  # classes
+
+
+class Answer(Config):
+    """Logits of each token, as start and as end of an answer (SQuAD; BERT, section 4.2)."""
+
+    kind: Literal["qa"] = "qa"
+
+
+Head = union(Mlm, Pooled, NextSentence, SentenceOrder, ReplacedToken, PerToken, Answer)
+OF_ROWS = ("classification", "nsp", "sop")  # heads that read the pooler
+
+
+class Convolution(Config):
+    """norm(layer(x) + act(conv(x))) in place of the first layer alone (DeBERTa v2's nGiE)."""
+
+    width: int = Field(3, gt=0)  # tokens that it sees, an odd number
+    activation: Activation = "tanh"
+    groups: int = Field(1, gt=0)  # the channels of each are mixed among themselves only
+
+
+class EncoderConfig(Stack):
+    """A bidirectional encoder with task heads (Devlin et al. 2018, arXiv:1810.04805).
+
+    Token, position and segment embeddings are summed at the width of the `table`, normed, then projected to `embed`.
+    """
+
+    kind: Literal["encoder"] = "encoder"
+    position: Position = Learned()  # how order is told
+    segments: int = Field(0, ge=0)  # kinds of segment, each with an embedding (BERT: 2)
+    tasks: int = Field(0, ge=0)  # kinds of task, each with an embedding (ERNIE 2, arXiv:1907.12412)
+    repeat: int = Field(1, gt=0)  # times that each layer is computed with the same weights (ALBERT: 12)
+    convolution: Convolution | None = None  # beside the first layer
+    pooler: Activation | None = None  # act(x W) of a row's first token, for heads that judge rows; null: the token itself
+    heads: tuple[Head, ...] = ()  # what is predicted, each kind at most once
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sees_all(cls, tree: Any) -> Any:
+        """Layers see both ways unless the config says otherwise."""
+        return merge({"block": {"attention": {"mask": {"kind": "full"}}}}, tree) if isinstance(tree, dict) else tree
+
+    @model_validator(mode="after")
+    def _heads_differ(self):
+        if self.convolution is not None and self.pattern:
+            raise ValueError("convolution stands beside the first of layers that are alike; take pattern away")
+        if any(b.cross is not None for b in self.blocks):
+            raise ValueError("cross is for decoders")
+        kinds = [head.kind for head in self.heads]
+        if twice := [k for k in kinds if kinds.count(k) > 1]:
+            raise ValueError(f"heads has {twice[0]} twice; each kind once")
+        return self
+
+    @property
+    def table_projected(self) -> bool:
+        return self.table is not None and self.table != self.embed
+
+    def head(self, kind: str) -> Any:
+        """The head of that kind, or None."""
+        return next((head for head in self.heads if head.kind == kind), None)
+
+    def build(self, seed: int = 0) -> "Encoder":
+        """The model with freshly initialised float32 weights."""
+        from flax import nnx
+
+        from jaxllm.models.encoder import Encoder
+
+        return Encoder(self, rngs=nnx.Rngs(seed))
+
+
+# --- encoder-decoders ----------------------------------------------------------------------------------------
+
+
+class EncoderDecoderConfig(Config):
+    """A decoder whose layers attend to an encoder's output (Vaswani et al. 2017, arXiv:1706.03762, section 3.1)."""
+
+    kind: Literal["encoder_decoder"] = "encoder_decoder"
+    encoder: EncoderConfig = EncoderConfig()  # reads
+    decoder: DecoderConfig = DecoderConfig(block=Block(cross=Attention()))  # writes; its layers need `block.cross`
+    share: bool = True  # one embedding for both
+    start: int | None = Field(None, ge=0)  # token that every output begins with; null: said where it is generated
+
+    @model_validator(mode="after")
+    def _sides_fit(self):
+        e, d = self.encoder, self.decoder
+        if e.embed != d.embed:
+            raise ValueError(f"encoder.embed={e.embed} must be decoder.embed={d.embed}")
+        if e.heads or e.pooler:
+            raise ValueError("encoder.heads and encoder.pooler are for encoders that stand alone")
+        if self.share and (e.vocab, e.table) != (d.vocab, d.table):
+            raise ValueError(f"share=true: encoder.vocab={e.vocab} and table must be the decoder's, {d.vocab}")
+        if any(b.cross is None for b in d.blocks):
+            raise ValueError("decoder.block.cross is missing: the decoder would not see what the encoder reads")
+        return self
+
+    @property
+    def vocab(self) -> int | None:
+        return self.decoder.vocab
+
+    @property
+    def context(self) -> int:
+        return self.decoder.context
+
+    def build(self, seed: int = 0) -> "EncoderDecoder":
+        """The model with freshly initialised float32 weights."""
+        from flax import nnx
+
+        from jaxllm.models.encoder_decoder import EncoderDecoder
+
+        return EncoderDecoder(self, rngs=nnx.Rngs(seed))
+
+
+def _decoder_unless_said(value: Any) -> Any:
+    return {"kind": "decoder"} | value if isinstance(value, dict) else value
+
+
+# A bare block is a decoder.
+Model = Annotated[union(DecoderConfig, EncoderConfig, EncoderDecoderConfig), BeforeValidator(_decoder_unless_said)]
 
 # What the backward pass keeps of a layer instead of computing it again; see jaxllm.models.remat.
 Kept = Literal["q", "k", "v", "attention", "residual", "gate", "up"]

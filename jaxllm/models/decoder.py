@@ -1,7 +1,6 @@
-"""The decoder: embedding, layers scanned in repeating groups, head; with a cache for generation."""
+"""The decoder: embedding, layers, head; with a cache for generation."""
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,14 +13,15 @@ from jaxllm.core.shapes import Array, Bool, Float, Int, Key
 from jaxllm.models.config import Block as BlockConfig
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.layers.attention import KV, Tokens
-from jaxllm.models.layers.block import Block, Layer, drop
+from jaxllm.models.layers.block import Block, Layer, Memory, drop
 from jaxllm.models.layers.init import Weight, std
 from jaxllm.models.layers.linear import linear, lookup
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import constant, param
-from jaxllm.models.layers.position import document_lengths, rotation, sinusoids
+from jaxllm.models.layers.position import sinusoids
 from jaxllm.models.layout import Places
-from jaxllm.models.remat import Remat, remat
+from jaxllm.models.remat import Remat
+from jaxllm.models.stack import Stack, row_tokens
 
 
 class Cache(NamedTuple):
@@ -36,6 +36,8 @@ class Cache(NamedTuple):
     length: Int[Array, ""]  # tokens so far, padding included; alike for all rows
     pad_B: Int[Array, " B"]  # padding tokens at the left of each row
     prefix_B: Int[Array, " B"]  # tokens of the bidirectional prefix
+    cross: tuple[tuple[KV, ...], tuple[KV, ...]] | None = None  # of an encoder's output, for `blocks` and `tail`
+    memory: Memory | None = None  # where that output's tokens stand
 
     def reorder(self, rows_B: Int[Array, " R"]) -> "Cache":
         """The cache of rows `rows_B`, in that order; rows may repeat (beam search)."""
@@ -44,15 +46,21 @@ class Cache(NamedTuple):
             blocks=jax.tree.map(functools.partial(take, axis=1), self.blocks),
             tail=jax.tree.map(functools.partial(take, axis=0), self.tail),
             pad_B=take(self.pad_B, axis=0), prefix_B=take(self.prefix_B, axis=0),
+            cross=self.cross and (
+                jax.tree.map(functools.partial(take, axis=1), self.cross[0]),
+                jax.tree.map(functools.partial(take, axis=0), self.cross[1]),
+            ),
+            memory=self.memory and self.memory._replace(tokens=self.memory.tokens._replace(
+                position=take(self.memory.tokens.position, axis=0), document=take(self.memory.tokens.document, axis=0)
+            )),
         )  # fmt: skip
 
 
-class Decoder(nnx.Module):
-    """See `DecoderConfig`. Weights of pattern slot s are stacked over groups in `blocks[s]`; the rest is in `tail`.
+class Decoder(Stack):
+    """See `DecoderConfig` and `Stack`.
 
-    `scan=False` unrolls the groups, `remat` names what the backward pass computes again: neither changes a weight
-    or a result. `places` says which group lies where in the stacks, for runs that spread them over stages; such a model
-    computes by `group` alone.
+    Args:
+      embedded: has an embedding of its own; else `embed` and `logits` are given that of another (encoder-decoders).
     """
 
     def __init__(
@@ -63,31 +71,20 @@ class Decoder(nnx.Module):
         scan: bool = True,
         remat: Remat = "none",
         places: Places | None = None,
+        embedded: bool = True,
     ):
-        if cfg.vocab is None:
-            raise ConfigError("model.vocab is not set; give it, or build the model from prepared data")
-        self.cfg, self.scan, self.remat = cfg, scan, remat
+        super().__init__(cfg, scan=scan, remat=remat)
         width = cfg.table_width
-        self.embedding = param(rngs, std(cfg, Weight("embedding", cfg.vocab, width)), vocab=cfg.vocab, embed=width)
+        if embedded:
+            self.embedding = param(rngs, std(cfg, Weight("embedding", cfg.vocab, width)), vocab=cfg.vocab, embed=width)
         if cfg.table:
             hidden = std(cfg, Weight("hidden", width, cfg.embed))
             self.table_in = param(rngs, hidden, table=width, embed=cfg.embed)
             self.table_out = param(rngs, std(cfg, Weight("hidden", cfg.embed, width)), embed=cfg.embed, table=width)
-        if cfg.position.kind == "learned":
-            rows = cfg.context + cfg.position.offset
-            self.positions = param(rngs, std(cfg, Weight("embedding", rows, cfg.embed)), position=rows, embed=cfg.embed)
+        self.add_positions(rngs, cfg.embed)
         if cfg.embedding_norm:
             self.embedding_norm = Norm(cfg.embedding_norm, embed=cfg.embed)
-        # A layer's weights depend on the seed and its number only, not on how layers are grouped.
-        key = rngs.params()
-        P, G = len(cfg.blocks), cfg.num_groups
-        groups = jnp.arange(G) if places is None else jnp.array(places)
-        self.blocks = nnx.List([stacked(cfg, cfg.blocks[s], key, s + P * groups) for s in range(P)])
-        self.tail = nnx.List(
-            [make(cfg, cfg.layer(i), jax.random.fold_in(key, i)) for i in range(P * G, cfg.num_layers)]
-        )
-        if cfg.final_norm:
-            self.final_norm = Norm(cfg.blocks[-1].norm, embed=cfg.embed)
+        self.add_layers(rngs, places)
         if not cfg.tie:
             self.head = param(rngs, std(cfg, Weight("head", width, cfg.vocab)), embed=width, vocab=cfg.vocab)
         if cfg.head_bias:
@@ -125,24 +122,25 @@ class Decoder(nnx.Module):
         prefix_BT: Bool[Array, "B T"] | None = None,
         index_BT: Int[Array, "#B T"] | None = None,
         key: Key[Array, ""] | None = None,
+        table_VD: Float[Array, "V D"] | None = None,
+        memory: Memory | None = None,
     ) -> Float[Array, "B T D"]:
         """What the head turns into logits: the residual stream after the last norm."""
-        T = tokens_BT.shape[1]
-        if self.cfg.position.kind == "learned" and T > self.cfg.context:
-            raise ConfigError(f"rows of {T} tokens for a model of {self.cfg.context} learned positions (model.context)")
+        self.check_length(tokens_BT.shape[1])
+        positions_BT = self.placed(positions_BT, key)
         tokens = row_tokens(positions_BT, documents_BT, prefix_BT, index_BT)
-        x_BTD = self.embed(tokens_BT, positions_BT, key)
-        x_BTD, _ = self.layers(x_BTD, tokens, key)
+        x_BTD = self.embed(tokens_BT, positions_BT, key, table_VD)
+        x_BTD, _ = self.layers(x_BTD, tokens, key, memory=memory)
         return self.final(x_BTD)
 
-    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def logits(self, x_BTD: Float[Array, "B T D"], table_VD: Float[Array, "V D"] | None = None) -> Float[Array, "B T V"]:
         """float32 logits of hidden states."""
         x_BTD = constrain(x_BTD, "batch", "seq", "embed")
         rows, out, f32 = ("batch", "seq", "embed"), ("batch", "seq", "vocab"), jnp.dtype(jnp.float32)
         if self.cfg.table:
             narrow = ("batch", "seq", "table")
             x_BTD = linear("BTD,DE->BTE", x_BTD, self.table_out[...], rows, ("embed", "table"), narrow)
-        w = self.embedding[...] if self.cfg.tie else self.head[...]
+        w = self.head[...] if not self.cfg.tie else self.embedding[...] if table_VD is None else table_VD
         if self.cfg.head_norm:
             w = unit_rows(w, -1 if self.cfg.tie else 0)
         if self.cfg.tie:
@@ -164,6 +162,8 @@ class Decoder(nnx.Module):
         *,
         capacity: int,
         prefix_len_B: Int[Array, " B"] | None = None,
+        table_VD: Float[Array, "V D"] | None = None,
+        memory: Memory | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits after the last token of each row of a left-padded batch, and the cache of all of them.
 
@@ -175,10 +175,10 @@ class Decoder(nnx.Module):
         self.check_decodable()
         B, T = tokens_BT.shape
         prefix_B = jnp.zeros(B, jnp.int32) if prefix_len_B is None else prefix_len_B
-        tokens = padded_tokens(jnp.arange(T)[None], pad_B, prefix_B)
-        x_BTD = self.embed(tokens_BT, tokens.position)
-        x_BTD, (blocks, tail) = self.layers(x_BTD, tokens, keep=True)
-        logits_BV = self.logits(self.final(x_BTD[:, -1:]))[:, 0]
+        tokens = self.padded_tokens(jnp.arange(T)[None], pad_B, prefix_B)
+        x_BTD = self.embed(tokens_BT, tokens.position, table_VD=table_VD)
+        x_BTD, (blocks, tail) = self.layers(x_BTD, tokens, keep=True, memory=memory)
+        logits_BV = self.logits(self.final(x_BTD[:, -1:]), table_VD)[:, 0]
         sizes = [cache_size(b, capacity) for b in self.cfg.blocks]
         cache = Cache(
             blocks=tuple(jax.tree.map(functools.partial(ring, size=n, axis=2), kv) for kv, n in zip(blocks, sizes)),
@@ -187,12 +187,15 @@ class Decoder(nnx.Module):
         )  # fmt: skip
         return logits_BV, cache
 
-    def decode(self, tokens_B: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+    def decode(
+        self, tokens_B: Int[Array, " B"], cache: Cache, table_VD: Float[Array, "V D"] | None = None
+    ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits after one more token in each row, and the cache that holds it."""
         now = cache.length
-        tokens = padded_tokens(now[None, None], cache.pad_B, cache.prefix_B)
-        x_BTD = self.embed(tokens_B[:, None], tokens.position)
-        layer = self.context(tokens)
+        tokens = self.padded_tokens(now[None, None], cache.pad_B, cache.prefix_B)
+        x_BTD = self.embed(tokens_B[:, None], tokens.position, table_VD=table_VD)
+        layer = self.context(tokens, cache.memory)
+        cross_blocks, cross_tail = cache.cross or ((None,) * len(self.blocks), (None,) * len(self.tail))
 
         def write(all_kv: KV, new: KV, group: Int[Array, ""] | None) -> tuple[KV, KV, Tokens]:
             """The stacked cache with `new` in it, this layer's part of it, and where its tokens stand."""
@@ -207,99 +210,47 @@ class Decoder(nnx.Module):
                 )
                 here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, group, 0, keepdims=False), out)
             index = now - (now - jnp.arange(size)) % size  # slot j holds the newest token i <= now with i = j mod size
-            return out, here, padded_tokens(index[None], cache.pad_B, cache.prefix_B)
+            return out, here, self.padded_tokens(index[None], cache.pad_B, cache.prefix_B)
 
         def group_step(carry, group_blocks):
             x_BTD, kvs = carry
-            group, blocks = group_blocks
+            group, blocks, cross = group_blocks
             out = []
-            for block, kv in zip(blocks, kvs, strict=True):
-                x_BTD, kv = self._decode_layer(block, x_BTD, layer, lambda new, kv=kv: write(kv, new, group))
+            for block, kv, other in zip(blocks, kvs, cross, strict=True):
+                x_BTD, kv = self._decode_layer(block, x_BTD, layer, lambda new, kv=kv: write(kv, new, group), other)
                 out.append(kv)
             return (x_BTD, tuple(out)), None
 
         carry, _ = jax.lax.scan(
-            group_step, (x_BTD, cache.blocks), (jnp.arange(self.cfg.num_groups), tuple(self.blocks))
+            group_step, (x_BTD, cache.blocks), (jnp.arange(self.cfg.num_groups), tuple(self.blocks), cross_blocks)
         )
         x_BTD, blocks = carry
         tail = []
-        for block, kv in zip(self.tail, cache.tail, strict=True):
-            x_BTD, kv = self._decode_layer(block, x_BTD, layer, lambda new, kv=kv: write(kv, new, None))
+        for block, kv, other in zip(self.tail, cache.tail, cross_tail, strict=True):
+            x_BTD, kv = self._decode_layer(block, x_BTD, layer, lambda new, kv=kv: write(kv, new, None), other)
             tail.append(kv)
-        logits_BV = self.logits(self.final(x_BTD))[:, 0]
+        logits_BV = self.logits(self.final(x_BTD), table_VD)[:, 0]
         return logits_BV, cache._replace(blocks=blocks, tail=tuple(tail), length=now + 1)
 
     def embed(
-        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], key: Key[Array, ""] | None = None
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        key: Key[Array, ""] | None = None,
+        table_VD: Float[Array, "V D"] | None = None,
     ) -> Float[Array, "B T D"]:
         cfg = self.cfg
-        x_BTD = lookup(self.embedding[...], tokens_BT)
+        x_BTD = lookup(self.embedding[...] if table_VD is None else table_VD, tokens_BT)
         if cfg.table:
             narrow, wide = ("batch", "seq", "table"), ("batch", "seq", "embed")
             x_BTD = linear("BTE,ED->BTD", x_BTD, self.table_in[...], narrow, ("table", "embed"), wide)
         if cfg.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
-        if cfg.position.kind == "learned":
-            x_BTD = x_BTD + lookup(self.positions[...], positions_BT + cfg.position.offset, "position")
-        elif cfg.position.kind == "sinusoidal":
-            x_BTD = x_BTD + sinusoids(cfg.position, positions_BT, cfg.embed).astype(x_BTD.dtype)
+        x_BTD = self.add_place(x_BTD, positions_BT)
         if cfg.embedding_norm:
             x_BTD = self.embedding_norm(x_BTD)
         x_BTD = drop(x_BTD, cfg.dropout.embedding, None if key is None else jax.random.fold_in(key, cfg.num_layers))
         return constrain(x_BTD, "batch", "norm_seq", "embed")
-
-    def layers(
-        self, x_BTD: Float[Array, "B T D"], tokens: Tokens, key: Key[Array, ""] | None = None, keep: bool = False
-    ):
-        """The residual stream after all layers; with `keep` also each layer's keys and values, as `Cache` has them."""
-        cfg, P = self.cfg, len(self.cfg.blocks)
-        context = self.context(tokens)
-
-        def group(x_BTD, group_blocks):
-            first, blocks = group_blocks
-            return self.group(blocks, x_BTD, context, first, key, keep=keep, scanned=self.scan and cfg.num_groups > 1)
-
-        firsts = P * jnp.arange(cfg.num_groups)
-        x_BTD, kvs = jax.lax.scan(group, x_BTD, (firsts, tuple(self.blocks)), unroll=1 if self.scan else cfg.num_groups)
-        last = jnp.int32(P * cfg.num_groups)
-        x_BTD, tail = self.group(tuple(self.tail), x_BTD, context, last, key, keep=keep, scanned=False)
-        return x_BTD, (kvs, tail)
-
-    def group(
-        self,
-        blocks: Sequence[Block],
-        x_BTD: Float[Array, "B T D"],
-        context: Layer,
-        first: Int[Array, ""],
-        key: Key[Array, ""] | None = None,
-        see: Callable[[int, KV], tuple[KV, Tokens]] | None = None,
-        *,
-        keep: bool = False,
-        scanned: bool = True,
-    ) -> tuple[Float[Array, "B T D"], tuple[KV | None, ...]]:
-        """The residual stream after these layers, numbered from `first`; with `keep` their keys and values.
-
-        Args:
-          see: (place in the group, keys and values) -> all those to attend to; None: only its own.
-          scanned: runs in a loop, which hides from XLA that the backward pass computes something again.
-        """
-
-        def run(block: Block, x_BTD: Array, s: int) -> tuple[Array, KV | None]:
-            kept = []
-
-            def remember(new: KV) -> tuple[KV, Tokens]:
-                kept.append(new)
-                return (new, context.tokens) if see is None else see(s, new)
-
-            layer_key = None if key is None else jax.random.fold_in(key, first + s)
-            x_BTD = block(x_BTD, context, remember, layer_key)
-            return x_BTD, kept[0] if keep else None
-
-        kvs = []
-        for s, block in enumerate(blocks):
-            x_BTD, kv = remat(functools.partial(run, s=s), self.remat, scanned=scanned)(block, x_BTD)
-            kvs.append(kv)
-        return x_BTD, tuple(kvs)
 
     def check_decodable(self) -> None:
         """Raises ConfigError where a token's representation depends on tokens that are not there yet."""
@@ -310,19 +261,9 @@ class Decoder(nnx.Module):
                     "no next-token generation; use causal, or `some` of causal and prefix"
                 )
 
-    def final(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The residual stream as the head takes it."""
-        return self.final_norm(x_BTD) if self.cfg.final_norm else x_BTD
-
-    def context(self, tokens: Tokens) -> Layer:
-        """What every layer is told of these tokens."""
-        cfg = self.cfg
-        lengths = None
-        if any(rope.by_length for rope, _ in cfg.ropes):
-            lengths = document_lengths(*jnp.broadcast_arrays(tokens.position, tokens.document))
-        return Layer(tokens, tuple(rotation(rope, tokens.position, lengths, n) for rope, n in cfg.ropes), lengths)
-
-    def _decode_layer(self, block: Block, x_BTD: Array, layer: Layer, write) -> tuple[Array, KV]:
+    def _decode_layer(
+        self, block: Block, x_BTD: Array, layer: Layer, write, cross: KV | None
+    ) -> tuple[Array, KV]:
         written = []
 
         def remember(new: KV) -> tuple[KV, Tokens]:
@@ -330,36 +271,7 @@ class Decoder(nnx.Module):
             written.append(all_kv)
             return here, tokens
 
-        return block(x_BTD, layer, remember), written[0]
-
-
-def make(cfg: DecoderConfig, block: BlockConfig, key: Key[Array, ""]) -> Block:
-    return Block(cfg, block, rngs=nnx.Rngs(params=key))
-
-
-def stacked(cfg: DecoderConfig, block: BlockConfig, key: Key[Array, ""], layers: Int[Array, " G"]) -> Block:
-    """One module whose weights have a leading axis over `layers`; zeros for those below 0."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(cfg, block, jax.random.key(0))))
-
-    def weights(i: Int[Array, ""]):
-        state = nnx.state(make(cfg, block, jax.random.fold_in(key, i)), nnx.Param)
-        return jax.tree.map(lambda w: jnp.where(i < 0, 0, w), state)
-
-    return nnx.merge(graphdef, jax.vmap(weights)(layers))
-
-
-def row_tokens(positions_BT, documents_BT, prefix_BT=None, index_BT=None) -> Tokens:
-    """Where the tokens of packed rows stand."""
-    index = jnp.arange(positions_BT.shape[1])[None] if index_BT is None else index_BT
-    prefix = jnp.zeros((1, 1), bool) if prefix_BT is None else prefix_BT
-    return Tokens(index, positions_BT, documents_BT, prefix)
-
-
-def padded_tokens(index_1S, pad_B, prefix_B) -> Tokens:
-    """Where the tokens of left-padded rows stand, one document a row; index < pad (or < 0) is padding."""
-    position = index_1S - pad_B[:, None]
-    real = position >= 0
-    return Tokens(index_1S, jnp.maximum(position, 0), real.astype(jnp.int32), real & (position < prefix_B[:, None]))
+        return block(x_BTD, layer, remember, memory_kv=cross), written[0]
 
 
 def unit_rows(w: Float[Array, "A B"], dim: int) -> Float[Array, "A B"]:

@@ -18,31 +18,34 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxllm.core.errors import CheckpointError
-from jaxllm.models.config import DecoderConfig
+from jaxllm.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig
 
-_STACKED = re.compile(r"(?:^|/)((blocks|tail)\.(\d+)\.)")
-_LAYER = re.compile(r"(?:^|/)(layers\.(\d+)\.)")
+_STACKED = re.compile(r"(?:^|[/.])((blocks|tail)\.(\d+)\.)")
+_LAYER = re.compile(r"(?:^|[/.])(layers\.(\d+)\.)")
 
+Config = DecoderConfig | EncoderConfig | EncoderDecoderConfig
 Leaf = Any  # a jax.Array, a numpy array or a jax.ShapeDtypeStruct
 Places = tuple[int, ...]  # the group of layers at each place of a stack; -1: none, zeros that stay zero
 
 
-def logical_names(name: str, cfg: DecoderConfig) -> tuple[str, ...]:
+def logical_names(name: str, cfg: Config) -> tuple[str, ...]:
     """The logical leaves that make up `name`: one per group for `blocks.…`, else one."""
     match = _STACKED.search(name)
     if not match:
         return (name,)
+    cfg = _side(name, cfg)
     period, stacked, at = len(cfg.blocks), cfg.num_groups * len(cfg.blocks), int(match[3])
     layers = range(at, stacked, period) if match[2] == "blocks" else (stacked + at,)
     assert layers and layers[-1] < cfg.num_layers, f"{name} is no leaf of {cfg.num_layers} layers in groups of {period}"
     return tuple(f"{name[: match.start(1)]}layers.{i}.{name[match.end(1) :]}" for i in layers)
 
 
-def stacked_name(logical: str, cfg: DecoderConfig) -> str:
+def stacked_name(logical: str, cfg: Config) -> str:
     """The run's leaf that holds the logical leaf: the inverse of `logical_names`."""
     match = _LAYER.search(logical)
     if not match:
         return logical
+    cfg = _side(logical, cfg)
     period, stacked, layer = len(cfg.blocks), cfg.num_groups * len(cfg.blocks), int(match[2])
     if layer >= cfg.num_layers:
         raise CheckpointError(f"there is a {logical!r}, but the model has num_layers={cfg.num_layers}")
@@ -50,7 +53,7 @@ def stacked_name(logical: str, cfg: DecoderConfig) -> str:
     return logical[: match.start(1)] + place + logical[match.end(1) :]
 
 
-def unstack(params: dict[str, Leaf], cfg: DecoderConfig, places: Places | None = None) -> dict[str, Leaf]:
+def unstack(params: dict[str, Leaf], cfg: Config, places: Places | None = None) -> dict[str, Leaf]:
     """One leaf per layer and part. Shapes may stand for arrays; shardings lose the axis of the layers.
 
     A leaf of `blocks.…` without a leading axis of groups (Adafactor's place-holders) belongs to each of its layers.
@@ -58,7 +61,7 @@ def unstack(params: dict[str, Leaf], cfg: DecoderConfig, places: Places | None =
     return {name: part for key, leaf in params.items() for name, part in split(key, leaf, cfg, places).items()}
 
 
-def stack(logical: dict[str, Leaf], cfg: DecoderConfig, places: Places | None = None) -> dict[str, Leaf]:
+def stack(logical: dict[str, Leaf], cfg: Config, places: Places | None = None) -> dict[str, Leaf]:
     """The leaves of a run with `cfg`: the inverse of `unstack`, for numpy and JAX arrays and shapes.
 
     Raises:
@@ -78,13 +81,13 @@ def stack(logical: dict[str, Leaf], cfg: DecoderConfig, places: Places | None = 
     return stacked
 
 
-def split(key: str, leaf: Leaf, cfg: DecoderConfig, places: Places | None = None) -> dict[str, Leaf]:
+def split(key: str, leaf: Leaf, cfg: Config, places: Places | None = None) -> dict[str, Leaf]:
     """The logical leaves of one leaf of a run, by name."""
     names = logical_names(key, cfg)
     if not has_layers(key, leaf.shape, cfg, places):
         return dict.fromkeys(names, leaf)
     parts = _unstack(leaf)
-    at = range(len(parts)) if places is None else [places.index(g) for g in range(cfg.num_groups)]
+    at = range(len(parts)) if places is None else [places.index(g) for g in range(_side(key, cfg).num_groups)]
     return dict(zip(names, (parts[i] for i in at), strict=True))
 
 
@@ -95,9 +98,16 @@ def join(parts: list[jax.Array], like: jax.ShapeDtypeStruct, stacked: bool, plac
     return _stacker(like.shape, like.sharding, places)(*parts)
 
 
-def has_layers(key: str, shape: tuple[int, ...], cfg: DecoderConfig, places: Places | None = None) -> bool:
+def has_layers(key: str, shape: tuple[int, ...], cfg: Config, places: Places | None = None) -> bool:
     """Whether a leaf of a run has the layers of its slot as its leading axis."""
-    return is_stacked(key) and shape[:1] == (cfg.num_groups if places is None else len(places),)
+    return is_stacked(key) and shape[:1] == (_side(key, cfg).num_groups if places is None else len(places),)
+
+
+def _side(name: str, cfg: Config) -> DecoderConfig | EncoderConfig:
+    """The stack that a leaf is of: the one side of an encoder-decoder, or the whole model."""
+    if cfg.kind != "encoder_decoder":
+        return cfg
+    return cfg.encoder if "encoder" in re.split("[./]", name) else cfg.decoder
 
 
 def is_stacked(key: str) -> bool:

@@ -6,13 +6,19 @@ import jax
 from flax import nnx
 
 from jaxllm.core.shapes import Array, Key
-from jaxllm.models.config import DecoderConfig
+from jaxllm.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig
 from jaxllm.models.decoder import Decoder
+from jaxllm.models.encoder import Encoder
+from jaxllm.models.encoder_decoder import EncoderDecoder
 from jaxllm.models.layout import Places
 from jaxllm.models.remat import Remat
 
 Params = dict[str, Array]
 Axes = dict[str, tuple[str | None, ...]]
+Config = DecoderConfig | EncoderConfig | EncoderDecoderConfig
+Model = Decoder | Encoder | EncoderDecoder
+
+CLASSES = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}  # by kind of config
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
@@ -21,27 +27,29 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     return graphdef, {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(state)}
 
 
-def merge(graphdef: nnx.GraphDef, params: Mapping[str, Array | jax.ShapeDtypeStruct]) -> Decoder:
+def merge(graphdef: nnx.GraphDef, params: Mapping[str, Array | jax.ShapeDtypeStruct]) -> Model:
     """The model of these weights; inverse of `split`. Shapes do for weights that will not be looked at."""
     flat = [(tuple(int(p) if p.isdigit() else p for p in name.split(".")), nnx.Param(v)) for name, v in params.items()]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def create(cfg: DecoderConfig, key: Key[Array, ""], places: Places | None = None) -> Params:
+def create(cfg: Config, key: Key[Array, ""], places: Places | None = None) -> Params:
     """Freshly initialised float32 weights; pure, to be jitted with `out_shardings`."""
-    return split(Decoder(cfg, rngs=nnx.Rngs(params=key), places=places))[1]
+    options = {} if places is None else {"places": places}
+    return split(CLASSES[cfg.kind](cfg, rngs=nnx.Rngs(params=key), **options))[1]
 
 
 def abstract(
-    cfg: DecoderConfig, *, scan: bool = True, remat: Remat = "none", places: Places | None = None
+    cfg: Config, *, scan: bool = True, remat: Remat = "none", places: Places | None = None
 ) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct], Axes]:
     """Definition, shapes (as ShapeDtypeStruct) and logical axes of the weights, without making any."""
-    model = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(params=0), scan=scan, remat=remat, places=places))
+    options = {"scan": scan, "remat": remat} | ({} if places is None else {"places": places})
+    model = nnx.eval_shape(lambda: CLASSES[cfg.kind](cfg, rngs=nnx.Rngs(params=0), **options))
     graphdef, state, _ = nnx.split(model, nnx.Param, ...)
     shapes, axes = {}, {}
     for path, variable in nnx.to_flat_state(state):
         name = ".".join(map(str, path))
-        stacked = ("layers",) if path[0] == "blocks" else ()
+        stacked = ("layers",) if "blocks" in path[:2] else ()
         shapes[name] = variable.get_value()
         axes[name] = stacked + variable.get_metadata()["axes"]
     return graphdef, shapes, axes

@@ -123,6 +123,7 @@ class RoPE(Config):
     fraction: float = Field(1.0, gt=0, le=1)  # share of each head that is rotated (GPT-NeoX: 0.25)
     interleaved: bool = False  # pairs are (0,1),(2,3).. as in the paper and GPT-J; else halves, as in LLaMA
     scaling: Scaling | None = None  # for more tokens than in training
+    xpos: float | None = Field(None, gt=0)  # tokens over which products decay (Sun et al. 2022, 2212.10554: 512)
 
     @property
     def by_length(self) -> bool:
@@ -142,3 +143,94 @@ class ALiBi(Config):
 
 Position = union(NoPosition, Sinusoidal, Learned, RoPE, ALiBi)
 LayerPosition = union(NoPosition, RoPE, ALiBi)  # what a layer may say for itself
+
+
+# --- what distance adds to the logits of attention -----------------------------------------------------------------
+
+
+class T5Buckets(Config):
+    """A learned scalar per head and bucket of distances, wider with distance (Raffel et al. 2019, arXiv:1910.10683, 2.1).
+
+    Half of the buckets are exact; the rest grow logarithmically up to `max_distance`, and all beyond share the last.
+    """
+
+    kind: Literal["t5"] = "t5"
+    buckets: int = Field(32, gt=1)  # of distances, of both directions together
+    max_distance: int = Field(128, gt=1)  # from which on all distances share a bucket
+    bidirectional: bool = False  # half of the buckets are for tokens that follow (encoders)
+    shared: bool = True  # one table for all layers; else each its own (UMT5, arXiv:2304.09151)
+
+    @model_validator(mode="after")
+    def _room(self):
+        exact = self.buckets // (4 if self.bidirectional else 2)
+        if self.buckets % (4 if self.bidirectional else 2) or self.max_distance <= exact:
+            raise ValueError(
+                f"buckets={self.buckets} must be a multiple of {4 if self.bidirectional else 2}, and "
+                f"max_distance={self.max_distance} more than the {exact} distances that have a bucket of their own"
+            )
+        return self
+
+
+class Kerple(Config):
+    """-a log(1 + b |i - j|) or -a |i - j|^b, learned per head (Chi et al. 2022, arXiv:2205.09921, equations 2 and 3)."""
+
+    kind: Literal["kerple"] = "kerple"
+    form: Literal["log", "power"] = "log"  # power keeps 0 < b <= 2
+    shared: bool = False  # one pair per head for all layers
+
+
+class SandwichBias(Config):
+    """Products of sinusoids of distance, less their largest, a scale per head (Chi et al. 2022, arXiv:2212.10356, 4)."""
+
+    kind: Literal["sandwich"] = "sandwich"
+    size: int = Field(128, gt=1)  # of the sinusoids, an even number: the paper's d'
+    steepest: float = Field(8.0, gt=0)  # head h of N is scaled by steepest * h / N
+    shared: Literal[True] = True  # there is nothing to learn
+
+
+class Fire(Config):
+    """f(psi(i - j) / psi(max(i, L))), psi(x) = log(c x + 1), f a small network (Li et al. 2023, arXiv:2310.04418, 3)."""
+
+    kind: Literal["fire"] = "fire"
+    hidden: int = Field(32, gt=0)  # width of the network's hidden layer
+    threshold: float = Field(512.0, gt=0)  # L starts here
+    shared: bool = False  # one network for all layers (FIRE-S)
+
+
+class Tisa(Config):
+    """sum_s a_s exp(-|b_s| (j - i - c_s)^2), learned per head (Wennberg & Henter 2021, arXiv:2106.01950, equation 5)."""
+
+    kind: Literal["tisa"] = "tisa"
+    kernels: int = Field(5, gt=0)  # bumps per head
+    shared: bool = False  # the same for all layers
+
+
+class Shaw(Config):
+    """Learned vectors per clipped distance, added to keys and to values (Shaw et al. 2018, arXiv:1803.02155, 3.1)."""
+
+    kind: Literal["shaw"] = "shaw"
+    clip: int = Field(16, gt=0)  # distances beyond are as this one
+    values: bool = True  # of values, too
+    shared: bool = False  # the same for all layers
+
+
+class XL(Config):
+    """(q + v) W r(i - j) + u k, r a sinusoid (Dai et al. 2019, arXiv:1901.02860, section 3.3; Gopher, 2112.11446)."""
+
+    kind: Literal["xl"] = "xl"
+    shared_biases: bool = False  # u and v are the same in all layers
+
+
+class Disentangled(Config):
+    """Content to position and position to content (He et al. 2020, arXiv:2006.03654, equation 4)."""
+
+    kind: Literal["disentangled"] = "disentangled"
+    span: int = Field(512, gt=0)  # distances at or beyond are as this one
+    buckets: int | None = Field(None, gt=1)  # of distances, logarithmic beyond half of them (v2, v3: 256); null: each
+    content_to_position: bool = True
+    position_to_content: bool = True
+    own_projections: bool = True  # of positions; else those of queries and keys project them, too (v2, v3)
+    norm: bool = False  # layer norm of the table of positions (v2, v3)
+
+
+Relative = union(T5Buckets, Kerple, SandwichBias, Fire, Tisa, Shaw, XL, Disentangled)

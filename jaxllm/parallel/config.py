@@ -73,6 +73,7 @@ class Rules(Config):
     vocab: MeshAxes = None  # vocabulary
     table: MeshAxes = None  # width of embeddings that are projected to that of the residual stream
     position: MeshAxes = None  # rows of a learned position table
+    small: MeshAxes = None  # what is not worth sharing out: labels, segments, rows of tables of distances
     layers: MeshAxes = None  # stacked layers
     experts: MeshAxes = None  # experts of a mixture
     replicas: MeshAxes = "data"  # copies of the weights or gradients that differ (`outer`, `compression`)

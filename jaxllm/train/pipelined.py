@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec
 from jaxllm.core.axes import constrain
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.shapes import Array, Float, Int, Key, PyTree
-from jaxllm.models.decoder import Decoder, row_tokens
+from jaxllm.models.decoder import Decoder
+from jaxllm.models.stack import row_tokens
 from jaxllm.models.layers.attention import KV, Tokens
 from jaxllm.models.layers.block import Layer
 from jaxllm.models.layout import Places, is_stacked

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.models.config import Block, DecoderConfig, Keep
-from jaxllm.models.decoder import row_tokens
+from jaxllm.models.stack import row_tokens
 from jaxllm.models.layers.attention import attend
 from jaxllm.models.layers.block import Layer, drop
 from jaxllm.models.layers.linear import lookup

@@ -11,14 +11,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxllm.core.axes import Placement, constrain, on_shares, placement
 from jaxllm.core.shapes import Array, Bool, Float, Int, Key
 from jaxllm.models import config
-from jaxllm.models.config import Block, DecoderConfig
+from jaxllm.models.config import Block, Stack
+from jaxllm.models.layers import relative
 from jaxllm.models.layers.init import Weight, gain, std
 from jaxllm.models.layers.linear import linear
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import constant, param
 from jaxllm.models.layers.position import Rotation, alibi_slopes, rotate, rotation
 from jaxllm.models.masks import Coords
-from jaxllm.models.positions import ALiBi
+from jaxllm.models.positions import ALiBi, NoPosition
 from jaxllm.models.remat import recomputed
 from pallas_kernels.attention import splash
 
@@ -50,14 +51,15 @@ class KV(NamedTuple):
 class Attention(nnx.Module):
     """Multi-head, grouped-query or multi-query attention (sources stand with its config)."""
 
-    def __init__(self, cfg: DecoderConfig, block: Block, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: Stack, block: Block, *, rngs: nnx.Rngs, cross: bool = False):
         a = block.attention
         D, N, K, H = cfg.embed, a.num_heads, a.kv_heads, cfg.head_dim(a)
         g = gain(cfg, block)
-        self.cfg, self.position = a, cfg.position_of(a)
-        self.mixing = Mixing(a, a.scale or H**-0.5, self.position if self.position.kind == "alibi" else None)
+        self.cfg, self.position = a, NoPosition() if cross else cfg.position_of(a)
+        self.scale = a.scale or H**-0.5
+        self.mixing = Mixing(a, self.scale, self.position if self.position.kind == "alibi" else None, cross)
         rope = self.position, cfg.rotary_dim(a)
-        self.rope = cfg.ropes.index(rope) if rope in cfg.ropes else None
+        self.rope = None if cross or rope not in cfg.ropes else cfg.ropes.index(rope)
         self.turns_late = self.rope is not None and self.position.by_length  # of keys
         self.w_q = param(rngs, std(cfg, Weight("hidden", D, N * H)), embed=D, heads=N, head_dim=H)
         self.w_k = param(rngs, std(cfg, Weight("hidden", D, K * H)), embed=D, kv_heads=K, head_dim=H)
@@ -65,8 +67,9 @@ class Attention(nnx.Module):
         self.w_o = param(rngs, g * std(cfg, Weight("residual", N * H, D)), heads=N, head_dim=H, embed=D)
         if a.bias:
             self.b_q = constant(0.0, heads=N, head_dim=H)
-            self.b_k = constant(0.0, kv_heads=K, head_dim=H)
             self.b_v = constant(0.0, kv_heads=K, head_dim=H)
+            if a.key_bias:
+                self.b_k = constant(0.0, kv_heads=K, head_dim=H)
         if a.out_bias:
             self.b_o = constant(0.0, embed=D)
         if a.qk_norm and a.qk_norm_over == "heads":
@@ -77,30 +80,42 @@ class Attention(nnx.Module):
             self.k_norm = Norm(a.qk_norm, head_dim=H)
         if block.placement.kind == "subln":
             self.inner_norm = Norm(block.norm, heads=N, head_dim=H)
+        self.relative = None if cross else relative.make(cfg, N, H, rngs=rngs, layered=True)
 
     def project(
         self, x_BTD: Float[Array, "B T D"], rotations: tuple[Rotation, ...]
     ) -> tuple[Float[Array, "B T N H"], KV]:
-        """Queries, keys and values of `x_BTD`, normed and rotated; `rotations` are those of `DecoderConfig.ropes`."""
+        """Queries, keys and values of `x_BTD`, normed and rotated; `rotations` are those of `Stack.ropes`."""
+        return self.queries(x_BTD, rotations), self.keys_values(x_BTD, rotations)
+
+    def queries(self, x_BTD: Float[Array, "B T D"], rotations: tuple[Rotation, ...]) -> Float[Array, "B T N H"]:
         x_axes, q_axes = (*ROWS, "embed"), ("embed", "heads", "head_dim")
-        kv_axes = ("embed", "kv_heads", "head_dim")
         q_BTNH = linear("BTD,DNH->BTNH", x_BTD, self.w_q[...], x_axes, q_axes, (*ROWS, *q_axes[1:]))
+        q_BTNH = self._cut(q_BTNH + self.b_q[...] if self.cfg.bias else q_BTNH)
+        if self.cfg.qk_norm:
+            q_BTNH = self.q_norm(q_BTNH)
+        if self.rope is not None:
+            q_BTNH = rotate(self.position, q_BTNH, rotations[self.rope])
+        return checkpoint_name(constrain(q_BTNH, *ROWS, "heads", "head_dim"), "q")
+
+    def keys_values(self, x_BTD: Float[Array, "B T D"], rotations: tuple[Rotation, ...]) -> KV:
+        x_axes, kv_axes = (*ROWS, "embed"), ("embed", "kv_heads", "head_dim")
         k_BTKH = linear("BTD,DKH->BTKH", x_BTD, self.w_k[...], x_axes, kv_axes, (*ROWS, *kv_axes[1:]))
         v_BTKH = linear("BTD,DKH->BTKH", x_BTD, self.w_v[...], x_axes, kv_axes, (*ROWS, *kv_axes[1:]))
         if self.cfg.bias:
-            q_BTNH, k_BTKH, v_BTKH = q_BTNH + self.b_q[...], k_BTKH + self.b_k[...], v_BTKH + self.b_v[...]
-        if self.cfg.clip:
-            cut = lambda x: jnp.clip(x, -self.cfg.clip, self.cfg.clip)
-            q_BTNH, k_BTKH, v_BTKH = cut(q_BTNH), cut(k_BTKH), cut(v_BTKH)
+            k_BTKH = k_BTKH + self.b_k[...] if self.cfg.key_bias else k_BTKH
+            v_BTKH = v_BTKH + self.b_v[...]
+        k_BTKH, v_BTKH = self._cut(k_BTKH), self._cut(v_BTKH)
         if self.cfg.qk_norm:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        if self.rope is not None:
-            q_BTNH = rotate(self.position, q_BTNH, rotations[self.rope])
-            k_BTKH = k_BTKH if self.turns_late else rotate(self.position, k_BTKH, rotations[self.rope])
-        q_BTNH = checkpoint_name(constrain(q_BTNH, *ROWS, "heads", "head_dim"), "q")
+            k_BTKH = self.k_norm(k_BTKH)
+        if self.rope is not None and not self.turns_late:
+            k_BTKH = rotate(self.position, k_BTKH, rotations[self.rope], keys=True)
         k_BTKH = checkpoint_name(constrain(k_BTKH, *ROWS, "kv_heads", "head_dim"), "k")
         v_BTKH = checkpoint_name(constrain(v_BTKH, *ROWS, "kv_heads", "head_dim"), "v")
-        return q_BTNH, KV(k_BTKH, v_BTKH)
+        return KV(k_BTKH, v_BTKH)
+
+    def _cut(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.clip(x, -self.cfg.clip, self.cfg.clip) if self.cfg.clip else x
 
     def turned(self, kv: KV, k: Tokens, rotations: tuple[Rotation, ...], length_BT: Int[Array, "B 1"] | None) -> KV:
         """The keys rotated by the angles of a document as long as it is now.
@@ -113,7 +128,7 @@ class Attention(nnx.Module):
             size = 2 * rotation_.sin_BTR.shape[-1]
             position_BS = jnp.broadcast_to(k.position, kv.k_BSKH.shape[:2])
             rotation_ = rotation(self.position, position_BS, jnp.broadcast_to(length_BT, position_BS.shape), size)
-        return kv._replace(k_BSKH=rotate(self.position, kv.k_BSKH, rotation_))
+        return kv._replace(k_BSKH=rotate(self.position, kv.k_BSKH, rotation_, keys=True))
 
     def mix(
         self,
@@ -123,9 +138,20 @@ class Attention(nnx.Module):
         k: Tokens,
         dropout: float = 0.0,
         key: Key[Array, ""] | None = None,
+        whole: relative.Module | None = None,
     ) -> Float[Array, "B T D"]:
-        """What the queries gather from the keys' values, projected back to the residual stream."""
-        o_BTNH = self.mixing.over_mesh(q_BTNH, kv, q, k, dropout, key)
+        """What the queries gather from the keys' values, projected back to the residual stream.
+
+        Args:
+          whole: what distance adds to logits, as far as all layers share it.
+        """
+        by_distance = self.relative or whole
+        if by_distance is None:
+            o_BTNH = self.mixing.over_mesh(q_BTNH, kv, q, k, dropout, key)
+        else:
+            bias_BNTS = by_distance(self, q_BTNH, kv.k_BSKH, q, k, whole)
+            values_BTSH = by_distance.values(q, k)
+            o_BTNH = self.mixing.biased(q_BTNH, kv, q, k, bias_BNTS, values_BTSH, dropout, key)
         o_BTNH = constrain(o_BTNH, *ROWS, "heads", "head_dim")
         if hasattr(self, "inner_norm"):
             o_BTNH = self.inner_norm(o_BTNH)
@@ -145,6 +171,7 @@ class Mixing:
     cfg: config.Attention
     scale: float
     alibi: ALiBi | None
+    cross: bool = False  # the keys are of other tokens than the queries
 
     @property
     def causal(self) -> bool:
@@ -191,6 +218,19 @@ class Mixing:
             q_BTNH, k_BSKH, v_BSKH, self.visible(q, k), scale=self.scale, bias=self.bias(q, k, slopes_N),
             softcap=self.cfg.softcap, dropout=dropout, key=key,
         )  # fmt: skip
+
+    def biased(
+        self, q_BTNH: Array, kv: KV, q: Tokens, k: Tokens, bias_BNTS: Float[Array, "#B N T S"],
+        values_BTSH: Float[Array, "#B T S H"] | None, dropout: float = 0.0, key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B T N H"]:  # fmt: skip
+        """`whole` with what distance adds to the logits and, for each pair, to the value."""
+        if self.alibi:
+            bias_BNTS = bias_BNTS + self.bias(q, k, self.slopes())
+        o_BTNH = attend(
+            q_BTNH, kv.k_BSKH, kv.v_BSKH, self.visible(q, k), scale=self.scale, bias=bias_BNTS,
+            softcap=self.cfg.softcap, dropout=dropout, key=key, values_BTSH=values_BTSH,
+        )  # fmt: skip
+        return checkpoint_name(o_BTNH, "attention")
 
     def partial(
         self,
@@ -259,7 +299,7 @@ class Mixing:
     def kernel_applies(self, place: Placement | None, q_BTNH: Array, k_BSKH: Array) -> bool:
         """Whether the flash kernel takes this layer, here: a TPU's, for training (as many queries as keys)."""
         return (
-            (place is not None and place.platform == "tpu") and self.alibi is None
+            (place is not None and place.platform == "tpu") and self.alibi is None and not self.cross
             and q_BTNH.shape[1] == k_BSKH.shape[1] and self.cfg.mask.kind in ("causal", "full")
             and splash.applies(q_BTNH, k_BSKH)
         )  # fmt: skip
@@ -285,8 +325,9 @@ def attend(
     softcap: float | None = None,
     dropout: float = 0.0,
     key: Key[Array, ""] | None = None,
+    values_BTSH: Float[Array, "#B T S H"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k^T * scale + bias) v over the visible keys, logits and softmax in float32.
+    """softmax(q k^T * scale + bias) (v + values) over the visible keys, logits and softmax in float32.
 
     Vaswani et al. 2017, arXiv:1706.03762, equation 1; grouped heads: Ainslie et al. 2023, arXiv:2305.13245.
     """
@@ -300,7 +341,12 @@ def attend(
         if dropout and key is not None:
             keep = jax.random.bernoulli(key, 1 - dropout, weights_BKGTS.shape)
             weights_BKGTS = jnp.where(keep, weights_BKGTS / (1 - dropout), 0)
-        return (gathered(weights_BKGTS, v_BSKH) / total_BKGT1).astype(v_BSKH.dtype)
+        o_BKGTH = gathered(weights_BKGTS, v_BSKH)
+        if values_BTSH is not None:
+            o_BKGTH += jnp.einsum("BKGTS,BTSH->BKGTH", weights_BKGTS, jnp.broadcast_to(
+                values_BTSH.astype(jnp.float32), (weights_BKGTS.shape[0], *values_BTSH.shape[1:])
+            ))  # fmt: skip
+        return (o_BKGTH / total_BKGT1).astype(v_BSKH.dtype)
 
     # Of the [T, S] arrays only the logits are kept for the backward pass.
     return by_token(recomputed(mix)(logits_BKGTS, v_BSKH))

@@ -11,19 +11,29 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxllm.core.axes import constrain
 from jaxllm.core.shapes import Array, Float, Int, Key
 from jaxllm.models.config import Block as BlockConfig
-from jaxllm.models.config import DecoderConfig
+from jaxllm.models.config import Stack
+from jaxllm.models.layers.relative import Module as Relative
 from jaxllm.models.layers.attention import KV, Attention, Tokens
 from jaxllm.models.layers.ffn import FFN
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.position import Rotation
 
 
+class Memory(NamedTuple):
+    """What an encoder made of its input, for the layers of a decoder."""
+
+    x_BSD: Float[Array, "B S D"] | None  # None: keys and values of each layer are at hand
+    tokens: Tokens  # their index is below 0: none is any query's own
+
+
 class Layer(NamedTuple):
     """What every layer of a forward pass is told besides its input."""
 
     tokens: Tokens
-    rotations: tuple[Rotation, ...]  # those of `DecoderConfig.ropes`: computed once for all layers
+    rotations: tuple[Rotation, ...]  # those of `Stack.ropes`: computed once for all layers
     length_BT: Int[Array, "B T"] | None = None  # of the tokens' documents, where a rotation depends on it
+    relative: Relative | None = None  # what distance adds to logits, as far as all layers share it
+    memory: Memory | None = None  # for layers that attend to an encoder's output, too
 
 
 # What attention reads and writes: (projected keys and values) -> (all keys and values to look at, where they stand).
@@ -31,7 +41,7 @@ Remember = Callable[[KV], tuple[KV, Tokens]]
 
 
 class Block(nnx.Module):
-    def __init__(self, cfg: DecoderConfig, block: BlockConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: Stack, block: BlockConfig, *, rngs: nnx.Rngs):
         self.cfg, self.placement = cfg, block.placement
         self.attention = Attention(cfg, block, rngs=rngs)
         self.ffn = FFN(cfg, block, rngs=rngs)
@@ -41,11 +51,23 @@ class Block(nnx.Module):
         if self.placement.kind == "sandwich":
             self.post_attention = Norm(block.norm, embed=cfg.embed)
             self.post_ffn = Norm(block.norm, embed=cfg.embed)
+        if block.cross is not None:
+            self.cross = Attention(cfg, block.model_copy(update={"attention": block.cross}), rngs=rngs, cross=True)
+            self.norm_cross = Norm(block.norm, embed=cfg.embed)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], layer: Layer, remember: Remember, key: Key[Array, ""] | None = None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        layer: Layer,
+        remember: Remember,
+        key: Key[Array, ""] | None = None,
+        memory_kv: KV | None = None,
     ) -> Float[Array, "B T D"]:
-        """The layer's output. `remember` sees each new key and value and says which to attend to."""
+        """The layer's output. `remember` sees each new key and value and says which to attend to.
+
+        Args:
+          memory_kv: keys and values of an encoder's output; None: they are computed of `layer.memory`.
+        """
         keys = jax.random.split(key, 3) if key is not None else (None, None, None)
         x_BTD = checkpoint_name(x_BTD, "input")
 
@@ -56,8 +78,17 @@ class Block(nnx.Module):
             if self.attention.turns_late:
                 turns = None if k_tokens is layer.tokens else layer.length_BT
                 kv = self.attention.turned(kv, k_tokens, layer.rotations, turns)
-            y = self.attention.mix(q_BTNH, kv, layer.tokens, k_tokens, self.cfg.dropout.attention, keys[0])
+            y = self.attention.mix(
+                q_BTNH, kv, layer.tokens, k_tokens, self.cfg.dropout.attention, keys[0], layer.relative
+            )
             return drop(constrain(y, "batch", "norm_seq", "embed"), self.cfg.dropout.residual, keys[1])
+
+        def cross(h_BTD):
+            q_BTNH = self.cross.queries(constrain(h_BTD, "batch", "seq", "embed"), ())
+            kv = self.cross.keys_values(layer.memory.x_BSD, ()) if memory_kv is None else memory_kv
+            at, on = (None, None) if key is None else (jax.random.fold_in(keys[0], 1), jax.random.fold_in(keys[1], 1))
+            y = self.cross.mix(q_BTNH, kv, layer.tokens, layer.memory.tokens, self.cfg.dropout.attention, at)
+            return drop(constrain(y, "batch", "norm_seq", "embed"), self.cfg.dropout.residual, on)
 
         def ffn(h_BTD):
             y = self.ffn(constrain(h_BTD, "batch", "seq", "embed"))
@@ -69,6 +100,8 @@ class Block(nnx.Module):
         match self.placement.kind:
             case "pre" | "subln":
                 x_BTD = between(x_BTD + attention(self.norm_attention(x_BTD)))
+                if hasattr(self, "cross"):
+                    x_BTD = x_BTD + cross(self.norm_cross(x_BTD))
                 x_BTD = x_BTD + ffn(self.norm_ffn(x_BTD))
             case "res_post":
                 x_BTD = between(x_BTD + self.norm_attention(attention(x_BTD)))
@@ -80,6 +113,8 @@ class Block(nnx.Module):
                 x_BTD = alpha * h_BTD + ffn(h_BTD)
             case "post":
                 x_BTD = between(self.norm_attention(x_BTD + attention(x_BTD)))
+                if hasattr(self, "cross"):
+                    x_BTD = self.norm_cross(x_BTD + cross(x_BTD))
                 x_BTD = self.norm_ffn(x_BTD + ffn(x_BTD))
             case "sandwich":
                 x_BTD = between(x_BTD + self.post_attention(attention(self.norm_attention(x_BTD))))

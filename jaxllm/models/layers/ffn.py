@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.core.axes import constrain
 from jaxllm.core.shapes import Array, Float
-from jaxllm.models.config import Activation, Block, DecoderConfig
+from jaxllm.models.config import Activation, Block, Stack
 from jaxllm.models.layers.init import Weight, gain, std
 from jaxllm.models.layers.linear import linear
 from jaxllm.models.layers.norm import Norm
@@ -38,7 +38,7 @@ def gated(kind: Activation, gate: Float[Array, "..."], x: Float[Array, "..."]) -
 
 
 class FFN(nnx.Module):
-    def __init__(self, cfg: DecoderConfig, block: Block, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: Stack, block: Block, *, rngs: nnx.Rngs):
         self.cfg = block.ffn
         D, F, g = cfg.embed, block.ffn.mlp, gain(cfg, block)
         up = g * std(cfg, Weight("hidden", D, F))

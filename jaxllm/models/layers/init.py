@@ -3,7 +3,7 @@
 import math
 from typing import Literal, NamedTuple
 
-from jaxllm.models.config import Block, DecoderConfig
+from jaxllm.models.config import Block, Stack
 
 Role = Literal["embedding", "hidden", "residual", "head"]
 
@@ -19,14 +19,14 @@ class Weight(NamedTuple):
     fan_out: int
 
 
-def std(cfg: DecoderConfig, weight: Weight) -> float:
+def std(cfg: Stack, weight: Weight) -> float:
     """Standard deviation that `cfg.init` gives a weight; sources stand with the scheme's config."""
     init = cfg.init
     match init.kind:
         case "fan_in":
             if weight.role != "embedding":
                 return math.sqrt(init.scale / weight.fan_in)
-            return init.embedding or (cfg.embed**-0.5 if cfg.tie else 1.0)  # a tied head wants logits of unit variance
+            return init.embedding or (cfg.embed**-0.5 if getattr(cfg, "tie", True) else 1.0)  # a tied head wants logits of unit variance
         case "normal":
             return init.std / (
                 math.sqrt(2 * cfg.num_layers) if weight.role == "residual" and init.scale_residual else 1.0
@@ -42,7 +42,7 @@ def std(cfg: DecoderConfig, weight: Weight) -> float:
     raise AssertionError(init.kind)
 
 
-def gain(cfg: DecoderConfig, block: Block) -> float:
+def gain(cfg: Stack, block: Block) -> float:
     """Factor on value, output and feed-forward weights that the placement's paper asks for."""
     match block.placement.kind:
         case "deepnorm":

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.core.axes import placement
-from jaxllm.core.shapes import Array, Float, Int
+from jaxllm.core.shapes import Array, Float, Int, Key
 from jaxllm.models import positions as config
 
 
@@ -17,6 +17,7 @@ class Rotation(NamedTuple):
 
     sin_BTR: Float[Array, "B T R"]
     cos_BTR: Float[Array, "B T R"]
+    growth_BTR: Float[Array, "B T R"] | None = None  # of queries with the position; keys shrink by it (xPos)
 
 
 def rotation(
@@ -28,8 +29,11 @@ def rotation(
       length_BT: length of the document that a token is of, for a `cfg` of which it is asked (`by_length`).
     """
     angle_BTR = pos_BT[..., None].astype(jnp.float32) * frequencies(cfg, length_BT, rotary_dim)
-    by = getattr(cfg.scaling, "temperature", 1.0)
-    return Rotation(by * jnp.sin(angle_BTR), by * jnp.cos(angle_BTR))
+    by, growth_BTR = getattr(cfg.scaling, "temperature", 1.0), None
+    if cfg.xpos:  # Sun et al. 2022, arXiv:2212.10554, algorithm 1: gamma = 0.4
+        rate_R = (jnp.arange(0, rotary_dim, 2) / rotary_dim + 0.4) / 1.4
+        growth_BTR = rate_R ** (pos_BT[..., None].astype(jnp.float32) / cfg.xpos)
+    return Rotation(by * jnp.sin(angle_BTR), by * jnp.cos(angle_BTR), growth_BTR)
 
 
 def frequencies(cfg: config.RoPE, length_BT: Int[Array, "B T"] | None, rotary_dim: int) -> Float[Array, "*BT R"]:
@@ -74,8 +78,12 @@ def document_lengths(pos_BT: Int[Array, "B T"], document_BT: Int[Array, "B T"]) 
     return jnp.zeros((B, T + 1), pos_BT.dtype).at[row_BT, place_BT].max(pos_BT + 1)[row_BT, place_BT]
 
 
-def rotate(cfg: config.RoPE, x_BTNH: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
+def rotate(
+    cfg: config.RoPE, x_BTNH: Float[Array, "B T N H"], by: Rotation, *, keys: bool = False
+) -> Float[Array, "B T N H"]:
     """The first 2R elements of each head rotated pair by pair in float32; the rest as they were."""
+    if by.growth_BTR is not None:
+        by = Rotation(*(x / by.growth_BTR if keys else x * by.growth_BTR for x in (by.sin_BTR, by.cos_BTR)))
     rotary_dim = 2 * by.sin_BTR.shape[-1]
     x, rest = x_BTNH[..., :rotary_dim], x_BTNH[..., rotary_dim:]
     place = placement()
@@ -120,6 +128,20 @@ def sinusoids(cfg: config.Sinusoidal, pos_BT: Int[Array, "B T"], embed: int) -> 
     if cfg.halves:
         return jnp.concatenate(both, -1)[..., :embed]
     return jnp.stack(both, -1).reshape(*pos_BT.shape, -1)[..., :embed]
+
+
+def spread(
+    pos_BT: Int[Array, "B T"], context: int, among: int, key: Key[Array, ""] | None
+) -> Int[Array, "B T"]:
+    """Positions below `context` as others below `among`, in the same order (Ruoss et al. 2023, arXiv:2305.16843).
+
+    Each row draws its own without repetition; without a key, all rows have the same ones, always.
+    """
+    rows = 1 if key is None else pos_BT.shape[0]
+    drawn_BL = jax.random.uniform(jax.random.key(0) if key is None else jax.random.fold_in(key, among), (rows, among))
+    table_BC = jnp.sort(jnp.argsort(drawn_BL, axis=-1)[:, :context], axis=-1)
+    table_BC = jnp.broadcast_to(table_BC, (pos_BT.shape[0], context))
+    return jnp.take_along_axis(table_BC, jnp.clip(pos_BT, 0, context - 1), axis=-1)
 
 
 def alibi_slopes(cfg: config.ALiBi, num_heads: int) -> Float[Array, " N"]:

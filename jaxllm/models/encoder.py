@@ -1,0 +1,243 @@
+"""The encoder: embeddings of tokens, places and segments, layers that see both ways, heads for tasks."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.core.axes import constrain
+from jaxllm.core.shapes import Array, Float, Int, Key
+from jaxllm.models.config import OF_ROWS, EncoderConfig, LayerNorm
+from jaxllm.models.layers.block import Layer, drop
+from jaxllm.models.layers.ffn import activate
+from jaxllm.models.layers.init import Weight, std
+from jaxllm.models.layers.linear import linear, lookup
+from jaxllm.models.layers.norm import Norm
+from jaxllm.models.layers.param import constant, param
+from jaxllm.models.layout import Places
+from jaxllm.models.remat import Remat
+from jaxllm.models.stack import Stack, row_tokens
+
+Outputs = dict[str, Array]  # by kind of head
+
+
+class Encoder(Stack):
+    """See `EncoderConfig` and `Stack`. `embedded`: has an embedding of its own, else it is given one."""
+
+    def __init__(
+        self,
+        cfg: EncoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        scan: bool = True,
+        remat: Remat = "none",
+        places: Places | None = None,
+        embedded: bool = True,
+    ):
+        super().__init__(cfg, scan=scan, remat=remat)
+        width = cfg.table_width
+        row = lambda n: std(cfg, Weight("embedding", n, width))
+        if embedded:
+            self.embedding = param(rngs, row(cfg.vocab), vocab=cfg.vocab, embed=width)
+        self.add_positions(rngs, width)
+        if cfg.segments:
+            self.segments = param(rngs, row(cfg.segments), small=cfg.segments, embed=width)
+        if cfg.tasks:
+            self.tasks = param(rngs, row(cfg.tasks), small=cfg.tasks, embed=width)
+        if cfg.embedding_norm:
+            self.embedding_norm = Norm(cfg.embedding_norm, embed=width)
+        if cfg.table:
+            self.projection = Projection(cfg, width, cfg.embed, rngs=rngs)
+        self.add_layers(rngs, places)
+        if cfg.convolution:
+            self.convolution = Convolution(cfg, rngs=rngs)
+        if cfg.pooler:
+            self.pooler = Projection(cfg, cfg.embed, cfg.embed, rngs=rngs)
+        for head in cfg.heads:
+            setattr(self, head.kind, HEADS[head.kind](cfg, head, rngs=rngs))
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        documents_BT: Int[Array, "B T"],
+        *,
+        segments_BT: Int[Array, "B T"] | None = None,
+        tasks_BT: Int[Array, "B T"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Outputs:
+        """What each head says, float32, by its kind: `mlm` [B, T, V], `rtd` [B, T], `tokens` [B, T, labels], `qa`
+        [B, T, 2] (start, end), `classification` [B, labels], `nsp` and `sop` [B, 2].
+
+        Heads of rows judge the first token of each row. Arguments as `Decoder` has them; segments and tasks are 0 where
+        they are not given.
+        """
+        return self.judge(
+            self.hidden(tokens_BT, positions_BT, documents_BT, segments_BT=segments_BT, tasks_BT=tasks_BT, key=key)
+        )
+
+    def hidden(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        documents_BT: Int[Array, "B T"],
+        *,
+        segments_BT: Int[Array, "B T"] | None = None,
+        tasks_BT: Int[Array, "B T"] | None = None,
+        key: Key[Array, ""] | None = None,
+        table_VD: Float[Array, "V D"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the last layer says of each token."""
+        self.check_length(tokens_BT.shape[1])
+        positions_BT = self.placed(positions_BT, key)
+        x_BTD = self.embed(tokens_BT, positions_BT, segments_BT, tasks_BT, key, table_VD)
+        x_BTD, _ = self.layers(x_BTD, row_tokens(positions_BT, documents_BT), key)
+        return self.final(x_BTD)
+
+    def embed(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        segments_BT: Int[Array, "B T"] | None = None,
+        tasks_BT: Int[Array, "B T"] | None = None,
+        key: Key[Array, ""] | None = None,
+        table_VD: Float[Array, "V D"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        cfg = self.cfg
+        x_BTD = lookup(self.embedding[...] if table_VD is None else table_VD, tokens_BT)
+        if cfg.embed_scale != 1.0:
+            x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
+        x_BTD = self.add_place(x_BTD, positions_BT)
+        for name, ids_BT in (("segments", segments_BT), ("tasks", tasks_BT)):
+            if getattr(cfg, name):
+                ids_BT = jnp.zeros_like(tokens_BT) if ids_BT is None else ids_BT
+                x_BTD = x_BTD + lookup(getattr(self, name)[...], ids_BT, "small")
+        if cfg.embedding_norm:
+            x_BTD = self.embedding_norm(x_BTD)
+        x_BTD = drop(x_BTD, cfg.dropout.embedding, None if key is None else jax.random.fold_in(key, cfg.num_layers))
+        if cfg.table:
+            x_BTD = self.projection(x_BTD)
+        return constrain(x_BTD, "batch", "norm_seq", "embed")
+
+    def group(self, blocks, x_BTD, context, first, key=None, see=None, *, keep=False, scanned=True):
+        before_BTD, kvs = x_BTD, ()
+        for i in range(self.cfg.repeat):
+            again = None if key is None else jax.random.fold_in(key, i)
+            x_BTD, kvs = super().group(blocks, x_BTD, context, first, again, see, keep=keep, scanned=scanned)
+        if self.cfg.convolution:
+            beside = lambda x_BTD: self.convolution(x_BTD, before_BTD, context)
+            x_BTD = jax.lax.cond(first == 0, beside, lambda x_BTD: x_BTD, x_BTD)
+        return x_BTD, kvs
+
+    def judge(self, x_BTD: Float[Array, "B T D"]) -> Outputs:
+        """What the heads say of hidden states."""
+        first_BD = x_BTD[:, 0]
+        if self.cfg.pooler:
+            first_BD = activate(self.cfg.pooler, self.pooler(first_BD))
+        of = lambda kind: first_BD if kind in OF_ROWS else x_BTD
+        return {head.kind: getattr(self, head.kind)(of(head.kind), self) for head in self.cfg.heads}
+
+
+class Projection(nnx.Module):
+    """x W + b."""
+
+    def __init__(self, cfg: EncoderConfig, width: int, out: int, *, rngs: nnx.Rngs):
+        self.w = param(rngs, std(cfg, Weight("hidden", width, out)), table=width, embed=out)
+        self.b = constant(0.0, embed=out)
+
+    def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... D"]:
+        return jnp.einsum("...E,ED->...D", x, self.w[...]) + self.b[...]
+
+
+class Scores(nnx.Module):
+    """x W + b in float32, `labels` a row or token."""
+
+    def __init__(self, cfg: EncoderConfig, labels: int, *, rngs: nnx.Rngs):
+        self.w = param(rngs, std(cfg, Weight("hidden", cfg.embed, labels)), embed=cfg.embed, small=labels)
+        self.b = constant(0.0, small=labels)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... N"]:
+        return jnp.einsum("...D,DN->...N", x, self.w[...], preferred_element_type=jnp.float32) + self.b[...]
+
+
+class _Labels(Scores):
+    """A head that is scores alone."""
+
+    def __init__(self, cfg: EncoderConfig, head, *, rngs: nnx.Rngs):
+        super().__init__(cfg, getattr(head, "labels", 2), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "... D"], encoder: Encoder) -> Float[Array, "... N"]:
+        return super().__call__(x)
+
+
+class Mlm(nnx.Module):
+    def __init__(self, cfg: EncoderConfig, head, *, rngs: nnx.Rngs):
+        self.cfg = head
+        width = cfg.table_width
+        self.projection = Projection(cfg, cfg.embed, width, rngs=rngs)
+        self.norm = Norm(_layer_norm(cfg), embed=width)
+        if not head.tie:
+            self.w = param(rngs, std(cfg, Weight("head", width, cfg.vocab)), embed=width, vocab=cfg.vocab)
+        self.b = constant(0.0, vocab=cfg.vocab)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], encoder: Encoder) -> Float[Array, "B T V"]:
+        h_BTE = self.norm(activate(self.cfg.activation, self.projection(x_BTD)))
+        rows, out, f32 = ("batch", "seq", "embed"), ("batch", "seq", "vocab"), jnp.dtype(jnp.float32)
+        if self.cfg.tie:
+            y_BTV = linear("BTD,VD->BTV", h_BTE, encoder.embedding[...], rows, ("vocab", "embed"), out, f32)
+        else:
+            y_BTV = linear("BTD,DV->BTV", h_BTE, self.w[...], rows, ("embed", "vocab"), out, f32)
+        return y_BTV + self.b[...]
+
+
+class ReplacedToken(nnx.Module):
+    def __init__(self, cfg: EncoderConfig, head, *, rngs: nnx.Rngs):
+        self.cfg = head
+        self.projection = Projection(cfg, cfg.embed, cfg.embed, rngs=rngs)
+        self.scores = Scores(cfg, 1, rngs=rngs)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], encoder: Encoder) -> Float[Array, "B T"]:
+        return self.scores(activate(self.cfg.activation, self.projection(x_BTD)))[..., 0]
+
+
+class Convolution(nnx.Module):
+    """norm(x + act(conv(before))): what stands beside the first layer (DeBERTa v2)."""
+
+    def __init__(self, cfg: EncoderConfig, *, rngs: nnx.Rngs):
+        self.cfg, D = cfg.convolution, cfg.embed
+        inputs = D // self.cfg.groups
+        scale = std(cfg, Weight("hidden", self.cfg.width * inputs, D))
+        self.w = param(rngs, scale, small=self.cfg.width, table=inputs, embed=D)
+        self.b = constant(0.0, embed=D)
+        self.norm = Norm(_layer_norm(cfg), embed=D)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], before_BTD: Float[Array, "B T D"], layer: Layer
+    ) -> Float[Array, "B T D"]:
+        """Tokens of other documents and padding count as zeros."""
+        W = self.cfg.width
+        document_BT = jnp.broadcast_to(layer.tokens.document, before_BTD.shape[:2])
+        y_BTD = self.b[...]
+        for i in range(W):
+            ahead = i - W // 2
+            near_BTD, near_BT = (jnp.roll(a, -ahead, axis=1) for a in (before_BTD, document_BT))
+            place_T = jnp.arange(document_BT.shape[1]) + ahead
+            inside_T = (place_T >= 0) & (place_T < document_BT.shape[1])
+            seen_BT1 = (inside_T & (near_BT == document_BT))[..., None]
+            y_BTD = y_BTD + self._product(jnp.where(seen_BT1, near_BTD, 0), self.w[...][i])
+        return self.norm(x_BTD + activate(self.cfg.activation, y_BTD))
+
+    def _product(self, x_BTD: Array, w_ED: Array) -> Array:
+        G, (B, T, D) = self.cfg.groups, x_BTD.shape
+        w_GED = jnp.moveaxis(w_ED.reshape(D // G, G, D // G), 1, 0)
+        return jnp.einsum("BTGE,GED->BTGD", x_BTD.reshape(B, T, G, D // G), w_GED).reshape(B, T, D)
+
+
+def _layer_norm(cfg: EncoderConfig) -> LayerNorm:
+    """The layer norm of heads, with the epsilon of the layers."""
+    return LayerNorm(epsilon=cfg.block.norm.epsilon)
+
+
+HEADS = {
+    "mlm": Mlm, "classification": _Labels, "nsp": _Labels, "sop": _Labels, "rtd": ReplacedToken, "tokens": _Labels,
+    "qa": _Labels,
+}  # fmt: skip

@@ -1,0 +1,187 @@
+"""What decoders and encoders have in common: a stack of layers, scanned in repeating groups."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.core.errors import ConfigError
+from jaxllm.core.shapes import Array, Float, Int, Key
+from jaxllm.models.config import Block as BlockConfig
+from jaxllm.models.config import Stack as StackConfig
+from jaxllm.models.layers import relative
+from jaxllm.models.layers.attention import KV, Tokens
+from jaxllm.models.layers.block import Block, Layer, Memory
+from jaxllm.models.layers.init import Weight, std
+from jaxllm.models.layers.linear import lookup
+from jaxllm.models.layers.norm import Norm
+from jaxllm.models.layers.param import param
+from jaxllm.models.layers.position import document_lengths, rotation, sinusoids, spread
+from jaxllm.models.layout import Places
+from jaxllm.models.remat import Remat, remat
+
+
+class Stack(nnx.Module):
+    """See `models.config.Stack`. Weights of pattern slot s are stacked over groups in `blocks[s]`; the rest is in `tail`.
+
+    `scan=False` unrolls the groups, `remat` names what the backward pass computes again: neither changes a weight
+    or a result. `places` says which group lies where in the stacks, for runs that spread them over stages; such a model
+    computes by `group` alone.
+    """
+
+    def __init__(self, cfg: StackConfig, *, scan: bool = True, remat: Remat = "none"):
+        if cfg.vocab is None:
+            raise ConfigError("model.vocab is not set; give it, or build the model from prepared data")
+        self.cfg, self.scan, self.remat = cfg, scan, remat
+
+    def add_layers(self, rngs: nnx.Rngs, places: Places | None) -> None:
+        """Makes the weights of the layers, and of what stands after them."""
+        cfg = self.cfg
+        # A layer's weights depend on the seed and its number only, not on how layers are grouped.
+        key = rngs.params()
+        P, G = len(cfg.blocks), cfg.num_groups
+        groups = jnp.arange(G) if places is None else jnp.array(places)
+        self.blocks = nnx.List([stacked(cfg, cfg.blocks[s], key, s + P * groups) for s in range(P)])
+        self.tail = nnx.List(
+            [make(cfg, cfg.layer(i), jax.random.fold_in(key, i)) for i in range(P * G, cfg.num_layers)]
+        )
+        attention = cfg.blocks[0].attention
+        self.relative = relative.make(
+            cfg, attention.num_heads, cfg.head_dim(attention), rngs=rngs, layered=False
+        )
+        if cfg.final_norm:
+            self.final_norm = Norm(cfg.blocks[-1].norm, embed=cfg.embed)
+
+    def add_positions(self, rngs: nnx.Rngs, width: int) -> None:
+        cfg = self.cfg
+        if cfg.position.kind == "learned":
+            rows = cfg.context + cfg.position.offset
+            self.positions = param(rngs, std(cfg, Weight("embedding", rows, width)), position=rows, embed=width)
+
+    def add_place(self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeddings with what tells their place added to them."""
+        cfg = self.cfg
+        if cfg.position.kind == "learned":
+            x_BTD = x_BTD + lookup(self.positions[...], positions_BT + cfg.position.offset, "position")
+        elif cfg.position.kind == "sinusoidal":
+            x_BTD = x_BTD + sinusoids(cfg.position, positions_BT, x_BTD.shape[-1]).astype(x_BTD.dtype)
+        return x_BTD
+
+    def check_length(self, length: int) -> None:
+        """Raises ConfigError where a row has more tokens than there are learned positions."""
+        if self.cfg.position.kind == "learned" and length > self.cfg.context:
+            raise ConfigError(
+                f"rows of {length} tokens for a model of {self.cfg.context} learned positions (model.context)"
+            )
+
+    def padded_tokens(self, index_1S: Int[Array, "1 S"], pad_B: Int[Array, " B"], prefix_B: Int[Array, " B"]) -> Tokens:
+        """Where the tokens of left-padded rows stand, one document a row; index < pad (or < 0) is padding."""
+        position = index_1S - pad_B[:, None]
+        real = position >= 0
+        place = self.placed(jnp.maximum(position, 0))
+        return Tokens(index_1S, place, real.astype(jnp.int32), real & (position < prefix_B[:, None]))
+
+    def placed(self, positions_BT: Int[Array, "B T"], key: Key[Array, ""] | None = None) -> Int[Array, "B T"]:
+        """Positions as the model is told them: themselves, or among `random_positions`, drawn anew for each row.
+
+        Without a key, and so outside training, they are always the same ones.
+        """
+        cfg = self.cfg
+        if cfg.random_positions is None:
+            return positions_BT
+        return spread(positions_BT, cfg.context, cfg.random_positions, key)
+
+    def layers(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        tokens: Tokens,
+        key: Key[Array, ""] | None = None,
+        keep: bool = False,
+        memory: Memory | None = None,
+    ):
+        """The residual stream after all layers; with `keep` also each layer's keys and values, as `Cache` has them."""
+        cfg, P = self.cfg, len(self.cfg.blocks)
+        context = self.context(tokens, memory)
+
+        def group(x_BTD, group_blocks):
+            first, blocks = group_blocks
+            return self.group(blocks, x_BTD, context, first, key, keep=keep, scanned=self.scan and cfg.num_groups > 1)
+
+        firsts = P * jnp.arange(cfg.num_groups)
+        x_BTD, kvs = jax.lax.scan(group, x_BTD, (firsts, tuple(self.blocks)), unroll=1 if self.scan else cfg.num_groups)
+        last = jnp.int32(P * cfg.num_groups)
+        x_BTD, tail = self.group(tuple(self.tail), x_BTD, context, last, key, keep=keep, scanned=False)
+        return x_BTD, (kvs, tail)
+
+    def group(
+        self,
+        blocks: Sequence[Block],
+        x_BTD: Float[Array, "B T D"],
+        context: Layer,
+        first: Int[Array, ""],
+        key: Key[Array, ""] | None = None,
+        see: Callable[[int, KV], tuple[KV, Tokens]] | None = None,
+        *,
+        keep: bool = False,
+        scanned: bool = True,
+    ) -> tuple[Float[Array, "B T D"], tuple[KV | None, ...]]:
+        """The residual stream after these layers, numbered from `first`; with `keep` their keys and values.
+
+        Args:
+          see: (place in the group, keys and values) -> all those to attend to; None: only its own.
+          scanned: runs in a loop, which hides from XLA that the backward pass computes something again.
+        """
+
+        def run(block: Block, x_BTD: Array, s: int) -> tuple[Array, KV | None]:
+            kept = []
+
+            def remember(new: KV) -> tuple[KV, Tokens]:
+                kept.append(new)
+                return (new, context.tokens) if see is None else see(s, new)
+
+            layer_key = None if key is None else jax.random.fold_in(key, first + s)
+            x_BTD = block(x_BTD, context, remember, layer_key)
+            return x_BTD, kept[0] if keep else None
+
+        kvs = []
+        for s, block in enumerate(blocks):
+            x_BTD, kv = remat(functools.partial(run, s=s), self.remat, scanned=scanned)(block, x_BTD)
+            kvs.append(kv)
+        return x_BTD, tuple(kvs)
+
+    def final(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The residual stream as the head takes it."""
+        return self.final_norm(x_BTD) if self.cfg.final_norm else x_BTD
+
+    def context(self, tokens: Tokens, memory: Memory | None = None) -> Layer:
+        """What every layer is told of these tokens."""
+        cfg = self.cfg
+        lengths = None
+        if any(rope.by_length for rope, _ in cfg.ropes):
+            lengths = document_lengths(*jnp.broadcast_arrays(tokens.position, tokens.document))
+        rotations = tuple(rotation(rope, tokens.position, lengths, n) for rope, n in cfg.ropes)
+        return Layer(tokens, rotations, lengths, self.relative, memory)
+
+
+def make(cfg: StackConfig, block: BlockConfig, key: Key[Array, ""]) -> Block:
+    return Block(cfg, block, rngs=nnx.Rngs(params=key))
+
+
+def stacked(cfg: StackConfig, block: BlockConfig, key: Key[Array, ""], layers: Int[Array, " G"]) -> Block:
+    """One module whose weights have a leading axis over `layers`; zeros for those below 0."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(cfg, block, jax.random.key(0))))
+
+    def weights(i: Int[Array, ""]):
+        state = nnx.state(make(cfg, block, jax.random.fold_in(key, i)), nnx.Param)
+        return jax.tree.map(lambda w: jnp.where(i < 0, 0, w), state)
+
+    return nnx.merge(graphdef, jax.vmap(weights)(layers))
+
+
+def row_tokens(positions_BT, documents_BT, prefix_BT=None, index_BT=None) -> Tokens:
+    """Where the tokens of packed rows stand."""
+    index = jnp.arange(positions_BT.shape[1])[None] if index_BT is None else index_BT
+    prefix = jnp.zeros((1, 1), bool) if prefix_BT is None else prefix_BT
+    return Tokens(index, positions_BT, documents_BT, prefix)
