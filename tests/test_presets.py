@@ -149,6 +149,13 @@ def test_training_configs_of_published_models_take_their_presets():
     assert padded == presets.preset("gpt3_175b").model_copy(update={"vocab": 50304})
 
 
+def test_a_preset_given_for_a_run_is_told_what_it_is(capsys):
+    path = presets.path("gpt2_xl")
+    assert main(["train", str(path)]) == 2
+    wanted = f"{path}: this is a model; a training config takes it by `model: {{base: {path}}}`\n"
+    assert capsys.readouterr().err == wanted
+
+
 def test_a_preset_that_is_not_there_is_told_its_neighbours():
     with pytest.raises(UserError, match="no model preset 'llama2-7b'; did you mean llama2_7b,"):
         presets.preset("llama2-7b")
