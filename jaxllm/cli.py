@@ -181,6 +181,16 @@ def _bench(verb: str, argv: list[str]) -> None:
     bench.run(args.name, rounds=args.rounds, file=args.json, **peer)
 
 
+def _models(verb: str, argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(f"jaxllm {verb}", description="Published models as configs, and chat formats.")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a preset, to print whole; or a family, to list alone")
+    parser.add_argument("--markdown", action="store_true", help="print docs/models.md")
+    args = parser.parse_args(argv)
+    from jaxllm import presets
+
+    print(presets.markdown() if args.markdown else presets.listing(args.name))
+
+
 def _parser(verb: str, config: str, doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"jaxllm {verb}", description=f"{VERBS[verb][1]}: {VERBS[verb][2]}")
     parser.add_argument("config", nargs="?", metavar=config, help=doc)
@@ -198,6 +208,7 @@ VERBS = {
         "Hugging Face folders and checkpoints into each other",
         "jaxllm convert SmolLM2 runs/smollm2",
     ),
+    "models": (_models, "published models as configs, with their sources", "jaxllm models llama2_7b"),
     "report": (_report, "draws the loss curves of a run", "jaxllm report runs/quickstart"),
     "doctor": (_doctor, "what is here, what is missing, what to type for it", "jaxllm doctor [CONFIG]"),
     "bench": (_bench, "measures ours beside a peer", "jaxllm bench train --json FILE"),

@@ -88,6 +88,10 @@ def resolve(wanted: type[C], config: str | Path | Config, overrides: tuple[str, 
         try:
             return load(wanted, config, overrides)
         except ConfigError as e:
+            if "kind" in read_tree(Path(config)):  # a block, alone in a file
+                raise ConfigError(
+                    f"{config}: this is a model; a training config takes it by `model: {{base: {config}}}`"
+                ) from None
             told_by = signs(config)
             if not told_by or any(schema(verb) is wanted for verb in told_by):
                 raise

@@ -28,6 +28,7 @@ TOP = {
     "generate",
     "pretrained",
     "convert",
+    "presets",
     "doctor",
     "bench",
     "__init__",

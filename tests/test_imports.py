@@ -27,7 +27,9 @@ def test_config_schemas_load_no_jax(module):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["train", "--fields"], ["train", "no_such.yaml"], ["trian"]], ids=" ".join
+    "argv",
+    [["--help"], ["train", "--fields"], ["train", "no_such.yaml"], ["trian"], ["models"], ["models", "llama2_7b"]],
+    ids=" ".join,
 )
 def test_the_command_line_answers_without_jax(argv):
     assert not loaded(f"from jaxllm.cli import main; main({argv})") & (HEAVY | {"jax", "flax", "numpy"})

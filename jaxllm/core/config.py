@@ -2,7 +2,7 @@
 
 One rule serves files, the command line, sweeps, notebooks and tests: a tree of plain values is laid over its
 `base:`, overrides are set in it, and the schema validates the result once. Nothing else (no environment
-variable) can change a run.
+variable) can change a run. Any block may name a `base:` of its own: the file that says what the block does not.
 """
 
 import difflib
@@ -32,6 +32,7 @@ class Config(pydantic.BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+SHIPPED = Path(__file__).parents[1] / "configs"  # what comes with the package: models/ and chat/
 
 
 def union(*kinds: type[Config]) -> Any:
@@ -100,7 +101,10 @@ def _code_point(halves: re.Match) -> str:
 
 
 def read_tree(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The plain values of a YAML file laid over those of its `base:`."""
+    """The plain values of a YAML file, it and each of its blocks laid over the `base:` that they name.
+
+    A `base:` is a path relative to the file that says it.
+    """
     if path.resolve() in _seen:
         raise ConfigError(f"{path}: `base:` goes round in a circle: {' -> '.join(p.name for p in (*_seen, path))}")
     try:
@@ -115,12 +119,28 @@ def read_tree(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {_one_line(e)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of names to values, got {type(tree).__name__}")
-    base = tree.pop("base", None)
-    if base is None:
+    if not isinstance(tree.get("base"), str | None):
+        raise ConfigError(f"{path}: `base:` names one config file, got {tree['base']!r}")
+    if tree.get("base", "") is None:
+        del tree["base"]
+    return _on_bases(tree, path, (*_seen, path.resolve()))
+
+
+class _Whole(dict):
+    """A block that named its own `base:`. It takes the place of a block below it: nothing there shows through."""
+
+
+def _on_bases(value: Any, path: Path, seen: tuple[Path, ...]) -> Any:
+    """A value of the file at `path`, each block in it on its base. A `base` that is no text is a field like others."""
+    if isinstance(value, list):
+        return [_on_bases(v, path, seen) for v in value]
+    if not isinstance(value, dict):
+        return value
+    tree = {key: _on_bases(v, path, seen) for key, v in value.items()}
+    if not isinstance(tree.get("base"), str):
         return tree
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: `base:` names one config file, got {base!r}")
-    return merge(read_tree(path.parent / base, (*_seen, path.resolve())), tree)
+    base = tree.pop("base")
+    return _Whole(merge(read_tree(path.parent / base, seen), tree))
 
 
 def dump(cfg: Config) -> str:
@@ -220,7 +240,8 @@ def merge(low: dict, high: dict) -> dict:
     merged = dict(low)
     for key, value in high.items():
         below = kind_alone(low.get(key))  # `schedule: cosine` is short for `schedule: {kind: cosine}`
-        merged[key] = merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+        over = isinstance(value, dict) and not isinstance(value, _Whole) and isinstance(below, dict)
+        merged[key] = merge(below, value) if over else value
     return merged
 
 

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-import numpy as np
-
 from jaxllm.core.errors import ConfigError
 from jaxllm.models.config import Attention, Block, DecoderConfig, Norm
 from jaxllm.models.masks import Coords
@@ -101,6 +99,8 @@ def flops_per_token(cfg: DecoderConfig, length: int, *, causal: bool = True) -> 
 
 def visible_pairs(a: Attention, length: int) -> int:
     """Pairs of query and key that mask and window let see in one document of `length` tokens without a prefix."""
+    import numpy as np
+
     # Masks look at differences of places only: asking once for each difference is enough.
     ahead = np.arange(1 - length, length)
     seen = a.mask.visible(Coords(np.zeros_like(ahead), 1, False), Coords(ahead, 1, False))
