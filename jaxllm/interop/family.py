@@ -150,7 +150,7 @@ LAYERS = "*layers"  # among the paths of a Part: a list of Paths, what each laye
 def resolved(cfg: DecoderConfig) -> DecoderConfig:
     """The same model with all that follows from other fields written down, and nothing that only training looks at."""
 
-    per_layer = cfg.position.kind in ("rope", "alibi", "none")
+    per_layer = cfg.position.kind in ("rope", "rope_2d", "alibi", "none")
 
     def block(block: Block) -> Block:
         a = block.attention
@@ -163,6 +163,7 @@ def resolved(cfg: DecoderConfig) -> DecoderConfig:
     blocks = [block(cfg.layer(i)) for i in range(cfg.num_layers)]
     period = _period(blocks)
     layered = {"block": blocks[0], "pattern": tuple(blocks[:period]) if period > 1 else ()}
+    layered["query_layer"] = cfg.query_layer and block(cfg.query_layer)
     table = cfg.table if cfg.table != cfg.embed else None
     position = NoPosition() if per_layer else cfg.position
     return cfg.model_copy(

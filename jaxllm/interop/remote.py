@@ -24,8 +24,8 @@ from jaxllm.interop.decoders import (
     projections,
     rope,
 )
-from jaxllm.interop.family import Family, Given, Part
-from jaxllm.interop.names import QKV, Table, elements_fused, fused, heads_fused, layers, linear, table, tensor
+from jaxllm.interop.family import Family, Given, Part, at
+from jaxllm.interop.names import QKV, Row, Table, elements_fused, fused, heads_fused, layers, linear, table, tensor
 from jaxllm.models.config import DecoderConfig
 
 # --- LLaMA with small changes --------------------------------------------------------------------------------------
@@ -60,10 +60,10 @@ def _internlm_ours(given: Given) -> dict[str, Any]:
 
 
 def _internlm_theirs(cfg: DecoderConfig) -> dict[str, Any]:
-    position = cfg.layer(0).attention.position
-    rotary = {"base": getattr(position, "theta", None), "type": "origin"}
-    if getattr(position, "scaling", None):
-        rotary |= {"type": "dynamic", "scaling_factor": getattr(position.scaling, "factor", None)}
+    a = cfg.layer(0).attention
+    rotary = {"base": at(a, "position.theta"), "type": "origin"}
+    if at(a, "position.scaling"):
+        rotary |= {"type": "dynamic", "scaling_factor": at(a, "position.scaling.factor")}
     return {"rotary": rotary}
 
 
@@ -111,7 +111,35 @@ BAICHUAN = llama_like(
 
 # --- Qwen, MOSS ----------------------------------------------------------------------------------------------------
 
+
+def _qwen_ours(given: Given) -> dict[str, Any]:
+    """Beyond `seq_length` tokens queries grow with the logarithm of their place, and rotations slow down by steps."""
+    scaling = {"kind": "dynamic_ntk", "factor": 2.0, "original": given["seq_length"], "doubling": True}
+    return {
+        "block.ffn.mlp": given["intermediate_size"] // 2, "block.ffn.bias": not given["no_bias"],
+        "block.attention.out_bias": not given["no_bias"],
+        "block.attention.log_scale": given["seq_length"] if given["use_logn_attn"] else None,
+        "position": {
+            "kind": "rope", "theta": given["rotary_emb_base"], "fraction": given["rotary_pct"],
+            "scaling": scaling if given["use_dynamic_ntk"] else None,
+        },
+    }  # fmt: skip
+
+
+def _qwen_theirs(cfg: DecoderConfig) -> dict[str, Any]:
+    a = cfg.layer(0).attention
+    original = at(a, "position.scaling.original")
+    return {
+        "intermediate_size": 2 * cfg.block.ffn.mlp, "no_bias": not cfg.block.ffn.bias,
+        "rotary_emb_base": at(a, "position.theta"), "rotary_pct": at(a, "position.fraction"),
+        "use_dynamic_ntk": original is not None, "use_logn_attn": a.log_scale is not None,
+        "seq_length": original or a.log_scale or cfg.context,
+    }  # fmt: skip
+
+
 # Qwen 1 (Bai et al. 2023, arXiv:2309.16609). w2 goes through the activation, w1 does not; `intermediate_size` is both.
+# In generation its code keeps the rotations that the prompt's length asks for; here a longer text turns all keys anew,
+# and is computed as if it were read at once.
 QWEN = Family(
     "qwen", "QWenLMHeadModel", prefix="transformer.",
     names=table(
@@ -129,22 +157,10 @@ QWEN = Family(
     fixed=LLAMA_FIXED | {"block.ffn.activation": "silu", "block.attention.bias": True},
     defaults={
         "kv_channels": 128, "layer_norm_epsilon": 1e-6, "max_position_embeddings": 8192, "no_bias": True,
-        "rotary_pct": 1.0, "rotary_emb_base": 10_000, "tie_word_embeddings": False,
+        "rotary_pct": 1.0, "rotary_emb_base": 10_000, "tie_word_embeddings": False, "seq_length": 8192,
+        "use_dynamic_ntk": True, "use_logn_attn": True,
     },
-    only={"use_dynamic_ntk": False, "use_logn_attn": False},
-    parts=(Part(
-        lambda given: {
-            "block.ffn.mlp": given["intermediate_size"] // 2, "block.ffn.bias": not given["no_bias"],
-            "block.attention.out_bias": not given["no_bias"],
-            "position": {"kind": "rope", "theta": given["rotary_emb_base"], "fraction": given["rotary_pct"]},
-        },
-        lambda cfg: {
-            "intermediate_size": 2 * cfg.block.ffn.mlp, "no_bias": not cfg.block.ffn.bias,
-            "rotary_emb_base": getattr(cfg.layer(0).attention.position, "theta", None),
-            "rotary_pct": getattr(cfg.layer(0).attention.position, "fraction", None),
-        },
-    ),),
-    drop=("attn.masked_bias", "rotary_emb.inv_freq"),
+    parts=(Part(_qwen_ours, _qwen_theirs),), drop=("attn.masked_bias", "rotary_emb.inv_freq"),
 )  # fmt: skip
 # MOSS (Sun et al. 2023): CodeGen 16B trained on.
 MOSS = dataclasses.replace(
@@ -194,7 +210,7 @@ def _chatglm_ours(given: Given) -> dict[str, Any]:
 
 def _chatglm_theirs(cfg: DecoderConfig) -> dict[str, Any]:
     a = cfg.layer(0).attention
-    theta, scaling = getattr(a.position, "theta", 10_000.0), getattr(a.position, "scaling", None)
+    theta, scaling = at(a, "position.theta") or 10_000.0, at(a, "position.scaling")
     divided = scaling is not None and scaling.kind == "linear"
     shared = a.kv_heads < a.num_heads
     return {
@@ -260,6 +276,102 @@ GLM130B = Family(
     parts=(ALPHA,), drop=("attention.rotary_emb.inv_freq",),
 )  # fmt: skip
 
+# ChatGLM-6B (the same team, 2023): the same without a gate, each head half by one place and half by another. Its code
+# takes alpha for 28 layers, which it has.
+CHATGLM = Family(
+    "chatglm", "ChatGLMModel", prefix="transformer.", when=lambda config: "inner_hidden_size" in config,
+    names=_sat_names(plain("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")), sizes=SAT_SIZES,
+    fixed=SAT_FIXED | {"block.ffn.activation": "gelu_tanh"},
+    defaults={
+        "layernorm_epsilon": 1e-5, "max_sequence_length": 2048, "tie_word_embeddings": True, "quantization_bit": 0,
+        "position_encoding_2d": True, "pre_seq_len": None,
+    },
+    only={"quantization_bit": 0, "pre_seq_len": None},
+    parts=(ALPHA, Part(
+        lambda given: {"position.kind": "rope_2d" if given["position_encoding_2d"] else "rope"},
+        lambda cfg: {"position_encoding_2d": cfg.layer(0).attention.position.kind == "rope_2d"},
+    )),
+    drop=("attention.rotary_emb.inv_freq",),
+)  # fmt: skip
+
+# --- a query layer on top ------------------------------------------------------------------------------------------
+
+
+def on_top(theirs: str, *rows: Table) -> Table:
+    """Rows of the query layer."""
+    return tuple(
+        Row(tuple(f"{theirs}.{n}" for n in row.theirs), tuple(f"query_layer.{n}" for n in row.ours), row.form)
+        for part in rows for row in part
+    )  # fmt: skip
+
+
+def twice(path: str) -> tuple[str, str]:
+    """A path in all layers, and in the query layer."""
+    return f"block.{path}", f"query_layer.{path}"
+
+
+QUERY_FIXED = {"position.kind": "learned"} | {
+    path: value for block, value in (LAYERNORM | BIASES).items() for path in twice(block.removeprefix("block."))
+}  # fmt: skip
+
+
+def _pangu_names(cfg: DecoderConfig) -> Table:
+    layer = table(projections("attn", o="c_proj"), plain("mlp.c_fc", "mlp.c_proj"), norms("ln_1", "ln_2"))
+    return table(
+        outside("transformer.wte", "transformer.ln_f"), tensor("transformer.wpe.weight", "positions"),
+        tensor("transformer.wqe.weight", "query_positions"), layers("transformer.h.{}", layer),
+        on_top(f"transformer.h.{cfg.num_layers}", layer),
+    )  # fmt: skip
+
+
+# PanGu-alpha (Zeng et al. 2021, arXiv:2104.12369, section 3.2), as rewritten for transformers (`gpt_pangu`): the query
+# layer is the last of `num_layers`, after `ln_f`.
+PANGU = Family(
+    "gpt_pangu", "GPTPanguForCausalLM", prefix="transformer.", names=_pangu_names,
+    sizes={
+        "vocab_size": "vocab", "hidden_size": "embed", "max_position_embeddings": "context",
+        "num_heads": twice("attention.num_heads"), "activation_function": twice("ffn.activation"),
+        "layer_norm_epsilon": twice("norm.epsilon"), "tie_word_embeddings": "tie",
+    },
+    fixed=QUERY_FIXED,
+    defaults={
+        "max_position_embeddings": 1024, "activation_function": "gelu", "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True, "scale_attn_weights": True,
+    },
+    only={"scale_attn_weights": True},
+    parts=(Part(
+        lambda given: {"num_layers": given["num_layers"] - 1} | dict.fromkeys(
+            twice("ffn.mlp"), given.get("intermediate_size") or 4 * given["hidden_size"]
+        ),
+        lambda cfg: {"num_layers": cfg.num_layers + 1, "intermediate_size": cfg.block.ffn.mlp},
+    ),),
+    drop=("attn.bias", "attn.masked_bias"),
+)  # fmt: skip
+_CODEGEEX_LAYER = table(
+    projections("attention", "query", "key", "value", "dense"), plain("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), norms()
+)
+# CodeGeeX 13B (Zheng et al. 2023, arXiv:2303.17568): PanGu-alpha's layers in Megatron-LM's names. Its weights are no
+# folder of transformers: config.json has the options of `configs/codegeex_13b.sh`. MindSpore's FastGELU, which it
+# computes without overflow, is x sigmoid(1.702 x).
+CODEGEEX = Family(
+    "codegeex", "CodeGeeXModel", prefix="language_model.",
+    names=table(
+        outside("language_model.embedding.word_embeddings", "language_model.transformer.final_layernorm"),
+        tensor("language_model.embedding.position_embeddings.weight", "positions"),
+        tensor("language_model.topQueryEmbedding.top_query_embeddings.weight", "query_positions"),
+        layers("language_model.transformer.layers.{}", _CODEGEEX_LAYER),
+        on_top("language_model.transformer.topQueryLayer", _CODEGEEX_LAYER),
+    ),
+    sizes={
+        "padded_vocab_size": "vocab", "hidden_size": "embed", "num_layers": "num_layers",
+        "max_position_embeddings": "context", "num_attention_heads": twice("attention.num_heads"),
+    },
+    fixed=QUERY_FIXED | {"tie": True} | dict.fromkeys(twice("norm.epsilon"), 1e-5)
+    | dict.fromkeys(twice("ffn.activation"), "gelu_sigmoid"),
+    defaults={"max_position_embeddings": 2048, "padded_vocab_size": 52_224},
+    parts=(Part(lambda given: dict.fromkeys(twice("ffn.mlp"), 4 * given["hidden_size"]), lambda cfg: {}),),
+)  # fmt: skip
+
 # --- Megatron-LM ---------------------------------------------------------------------------------------------------
 
 
@@ -306,4 +418,6 @@ MEGATRON = (
     megatron("megatron-gpt2-v0", 0.0, TRANSFORMER, "attention", lambda name: fused(name, QKV)),
 )
 
-FAMILIES: tuple[Family, ...] = (YI, AQUILA, INTERNLM, BAICHUAN, QWEN, MOSS, CHATGLM2, GLM130B, *MEGATRON)
+FAMILIES: tuple[Family, ...] = (
+    YI, AQUILA, INTERNLM, BAICHUAN, QWEN, MOSS, CHATGLM, CHATGLM2, GLM130B, PANGU, CODEGEEX, *MEGATRON,
+)  # fmt: skip

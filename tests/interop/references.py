@@ -164,9 +164,13 @@ def baichuan(t: Tensors, c: Config, ids: Array) -> Array:
 
 def qwen(t: Tensors, c: Config, ids: Array) -> Array:
     N, H, T = c["num_attention_heads"], c["kv_channels"], len(ids)
-    base, by = c["rotary_emb_base"], np.ones(T)
+    n, size = c["seq_length"], int(H * c["rotary_pct"])
+    base, by = float(c["rotary_emb_base"]), np.ones(T)
+    if c["use_dynamic_ntk"] and T > n:
+        base *= (2 ** math.ceil(math.log2(T / n) + 1) - 1) ** (size / (size - 2))
+    if c["use_logn_attn"]:
+        by = np.array([math.log(i, n) if i > n else 1.0 for i in range(1, T + 1)])
     x = t["transformer.wte.weight"][ids].astype(np.float64)
-    size = int(H * c["rotary_pct"])
     for i in range(c["num_hidden_layers"]):
         p = f"transformer.h.{i}"
         h = rms_norm(t, f"{p}.ln_1", x, c["layer_norm_epsilon"])
@@ -248,6 +252,72 @@ def glm130b(t: Tensors, c: Config, ids: Array, prefix: int = 0) -> Array:
         return a * gelu(b)
 
     return sat(t, c, ids, prefix, lambda y: rotate(y, range(len(ids))), geglu)
+
+
+def chatglm(t: Tensors, c: Config, ids: Array, prefix: int) -> Array:
+    """ChatGLM-6B: the same with two places for each token, and no gate.
+
+    The first place counts tokens of the prompt and stays at its last token, the second counts what follows.
+    """
+    first = [min(i, prefix - 1) for i in range(len(ids))]
+    second = [max(0, i - prefix + 1) for i in range(len(ids))]
+
+    def turn(y: Array) -> Array:
+        H = y.shape[-1]
+        return np.concatenate([rotate(y[..., : H // 2], first), rotate(y[..., H // 2 :], second)], -1)
+
+    return sat(t, c, ids, prefix, turn, gelu_tanh)
+
+
+def query_layered(
+    t: Tensors, ids: Array, N: int, L: int, epsilon: float, act: Callable[[Array], Array], names: Mapping[str, str]
+) -> Array:
+    """GPT-2 with one more layer on top of the last norm, whose queries are embeddings of places.
+
+    PanGu-alpha (Zeng et al. 2021, arXiv:2104.12369, section 3.2); CodeGeeX (Zheng et al. 2023, arXiv:2303.17568).
+    """
+    word = t[f"{names['word']}.weight"].astype(np.float64)
+
+    def layer(p: str, x: Array, queries: Array | None) -> Array:
+        h = layer_norm(t, f"{p}.{names['norm1']}", x, epsilon)
+        q = linear(t, f"{p}.{names['q']}", h if queries is None else queries)
+        o = attend(heads(q, N), *(heads(linear(t, f"{p}.{names[n]}", h), N) for n in "kv"))
+        x = x + linear(t, f"{p}.{names['o']}", o)
+        h = layer_norm(t, f"{p}.{names['norm2']}", x, epsilon)
+        return x + linear(t, f"{p}.{names['down']}", act(linear(t, f"{p}.{names['up']}", h)))
+
+    x = word[ids] + t[f"{names['places']}.weight"][: len(ids)]
+    for i in range(L):
+        x = layer(names["layer"].format(i), x, None)
+    x = layer_norm(t, names["norm"], x, epsilon)
+    queries = t[f"{names['queries']}.weight"][: len(ids)].astype(np.float64)
+    return layer(names["top"].format(L), x, queries) @ word.T
+
+
+def codegeex(t: Tensors, c: Config, ids: Array) -> Array:
+    def fast_gelu(x: Array) -> Array:
+        """As CodeGeeX writes it; MindSpore's."""
+        return x / (1 + np.exp(-1.702 * np.abs(x))) * np.exp(0.851 * (x - np.abs(x)))
+
+    names = {
+        "word": "language_model.embedding.word_embeddings", "places": "language_model.embedding.position_embeddings",
+        "queries": "language_model.topQueryEmbedding.top_query_embeddings", "layer": "language_model.transformer.layers.{}",
+        "top": "language_model.transformer.topQueryLayer", "norm": "language_model.transformer.final_layernorm",
+        "q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "attention.dense",
+        "norm1": "input_layernorm", "norm2": "post_attention_layernorm", "up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
+    }  # fmt: skip
+    return query_layered(t, ids, c["num_attention_heads"], c["num_layers"], 1e-5, fast_gelu, names)
+
+
+def pangu(t: Tensors, c: Config, ids: Array) -> Array:
+    """The query layer is the last of `num_layers`."""
+    names = {
+        "word": "transformer.wte", "places": "transformer.wpe", "queries": "transformer.wqe", "layer": "transformer.h.{}",
+        "top": "transformer.h.{}", "norm": "transformer.ln_f", "q": "attn.q_proj", "k": "attn.k_proj",
+        "v": "attn.v_proj", "o": "attn.c_proj", "norm1": "ln_1", "norm2": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj",
+    }  # fmt: skip
+    return query_layered(t, ids, c["num_heads"], c["num_layers"] - 1, c["layer_norm_epsilon"], gelu, names)
 
 
 def megatron(t: Tensors, c: Config, ids: Array) -> Array:

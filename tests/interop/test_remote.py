@@ -104,10 +104,9 @@ def qwen(pick: Pick) -> dict[str, Any]:
     return {
         "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "vocab_size": V, "hidden_size": s["D"],
         "num_hidden_layers": s["L"], "num_attention_heads": s["N"], "kv_channels": s["H"],
-        "intermediate_size": 2 * s["F"], "layer_norm_epsilon": pick([1e-6, 1e-3]), "seq_length": CONTEXT,
+        "intermediate_size": 2 * s["F"], "layer_norm_epsilon": pick([1e-6, 1e-3]), "seq_length": pick([CONTEXT, 5, 3]),
         "max_position_embeddings": CONTEXT, "rotary_emb_base": pick([100, 10_000]), "no_bias": pick(FLAG),
-        "rotary_pct": pick([0.5, 1.0]), "tie_word_embeddings": False, "use_dynamic_ntk": False,
-        "use_logn_attn": False,
+        "rotary_pct": pick([0.5, 1.0]), "tie_word_embeddings": False, "use_dynamic_ntk": pick(FLAG), "use_logn_attn": pick(FLAG),
     }  # fmt: skip
 
 
@@ -190,6 +189,51 @@ def sat_shapes(c: dict[str, Any]) -> Shapes:
     }  # fmt: skip
 
 
+def pangu(pick: Pick) -> dict[str, Any]:
+    s = sizes(pick)
+    return {
+        "architectures": ["GPTPanguForCausalLM"], "model_type": "gpt_pangu", "vocab_size": V, "hidden_size": s["D"],
+        "num_layers": s["L"] + 1, "num_heads": s["N"], "intermediate_size": pick([None, s["F"]]),
+        "max_position_embeddings": CONTEXT, "activation_function": "gelu", "layer_norm_epsilon": pick([1e-5, 1e-3]),
+        "scale_attn_weights": True,
+    }  # fmt: skip
+
+
+def pangu_shapes(c: dict[str, Any]) -> Shapes:
+    D, F = c["hidden_size"], c["intermediate_size"] or 4 * c["hidden_size"]
+    attention = [linear(f"attn.{n}_proj", D, D, bias=True) for n in "qkvc"]
+    return {
+        "transformer.wte.weight": (V, D), "transformer.wpe.weight": (CONTEXT, D), "transformer.wqe.weight": (CONTEXT, D),
+        **norm("transformer.ln_f", D, bias=True),
+        **in_layers(c["num_layers"], "transformer.h", *attention, linear("mlp.c_fc", F, D, bias=True),
+                    linear("mlp.c_proj", D, F, bias=True), norm("ln_1", D, bias=True), norm("ln_2", D, bias=True)),
+    }  # fmt: skip
+
+
+def codegeex(pick: Pick) -> dict[str, Any]:
+    s = sizes(pick)
+    return {
+        "model_type": "codegeex", "padded_vocab_size": V, "hidden_size": s["D"], "num_layers": s["L"],
+        "num_attention_heads": s["N"], "max_position_embeddings": CONTEXT,
+    }  # fmt: skip
+
+
+def codegeex_shapes(c: dict[str, Any]) -> Shapes:
+    D, p = c["hidden_size"], "language_model.transformer"
+    layer = [
+        *(linear(f"attention.{n}", D, D, bias=True) for n in ("query", "key", "value", "dense")),
+        linear("mlp.dense_h_to_4h", 4 * D, D, bias=True), linear("mlp.dense_4h_to_h", D, 4 * D, bias=True),
+        norm("input_layernorm", D, bias=True), norm("post_attention_layernorm", D, bias=True),
+    ]  # fmt: skip
+    return {
+        "language_model.embedding.word_embeddings.weight": (V, D),
+        "language_model.embedding.position_embeddings.weight": (CONTEXT, D),
+        "language_model.topQueryEmbedding.top_query_embeddings.weight": (CONTEXT, D),
+        **norm(f"{p}.final_layernorm", D, bias=True), **in_layers(c["num_layers"], f"{p}.layers", *layer),
+        **{f"{p}.topQueryLayer.{name}": shape for part in layer for name, shape in part.items()},
+    }  # fmt: skip
+
+
 def megatron(pick: Pick, version: float) -> dict[str, Any]:
     s = sizes(pick)
     return {
@@ -235,6 +279,9 @@ CASES = {
     "glm-130b": Case(
         lambda pick: sat(pick, "glm-130b", layernorm_order="post"), sat_shapes, references.glm130b, prefix=True
     ),
+    "chatglm": Case(lambda pick: sat(pick, "chatglm"), sat_shapes, references.chatglm, prefix=True),
+    "gpt_pangu": Case(pangu, pangu_shapes, references.pangu),
+    "codegeex": Case(codegeex, codegeex_shapes, references.codegeex),
     "megatron-gpt2": Case(lambda pick: megatron(pick, 3.0), megatron_shapes, references.megatron),
     "megatron-gpt2-v2": Case(lambda pick: megatron(pick, 2.0), megatron_shapes, references.megatron),
     "megatron-gpt2-v1": Case(lambda pick: megatron(pick, 1.0), megatron_shapes, references.megatron),
@@ -400,6 +447,7 @@ def test_internlm_turns_a_document_longer_than_its_context_as_its_code_does(tmp_
 
 def test_configs_of_one_model_type_are_told_apart_by_their_keys(tmp_path):
     assert family_of({"model_type": "chatglm", "ffn_hidden_size": 8}, "c").kind == "chatglm2"
+    assert family_of({"model_type": "chatglm", "inner_hidden_size": 8}, "c").kind == "chatglm"
     assert family_of({"model_type": "megatron-gpt2"}, "c").kind == "megatron-gpt2-v0"
     assert family_of({"model_type": "megatron-gpt2", "checkpoint_version": 3.0}, "c").kind == "megatron-gpt2"
     with pytest.raises(CheckpointError, match=r'"chatglm" with keys of none of .*chatglm2'):

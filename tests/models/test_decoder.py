@@ -43,6 +43,8 @@ DECODERS = {
     "window_mask": decoder({"mask": {"kind": "window", "left": 2, "right": 1}}),
     "prefix_lm": decoder(PREFIX_LM, position="alibi"),
     "prefix": decoder({"mask": "prefix"}),
+    "rope_2d": decoder(PREFIX_LM | {"log_scale": 3}, position="rope_2d"),
+    "query_layer": decoder(None, LAYER_NORM, position="learned", query_layer=BLOCK | LAYER_NORM),
     "full": decoder({"mask": "full"}, position="learned"),
     "documents": decoder({"mask": {"kind": "all", "of": ["document", "causal"]}}),
     "pattern": decoder(pattern=[{"attention": {"window": 2}}, {"attention": PREFIX_LM}], num_layers=5),
