@@ -238,7 +238,7 @@ CHATGLM2 = Family(
         "multi_query_attention": False, "multi_query_group_num": 1, "rope_ratio": 1, "post_layer_norm": True,
         "apply_residual_connection_post_layernorm": False, "seq_length": 2048, "quantization_bit": 0,
     },
-    only={"tie_word_embeddings": False, "quantization_bit": 0, "interleaved_qkv": False},
+    only={"tie_word_embeddings": False, "quantization_bit": 0, "pre_seq_len": None, "vision_config": None},
     parts=(Part(_chatglm_ours, _chatglm_theirs),), drop=("rotary_pos_emb.inv_freq",),
 )  # fmt: skip
 
@@ -284,9 +284,9 @@ CHATGLM = Family(
     fixed=SAT_FIXED | {"block.ffn.activation": "gelu_tanh"},
     defaults={
         "layernorm_epsilon": 1e-5, "max_sequence_length": 2048, "tie_word_embeddings": True, "quantization_bit": 0,
-        "position_encoding_2d": True, "pre_seq_len": None,
+        "position_encoding_2d": True,
     },
-    only={"quantization_bit": 0, "pre_seq_len": None},
+    only={"quantization_bit": 0, "pre_seq_len": None, "eva_config": None},
     parts=(ALPHA, Part(
         lambda given: {"position.kind": "rope_2d" if given["position_encoding_2d"] else "rope"},
         lambda cfg: {"position_encoding_2d": cfg.layer(0).attention.position.kind == "rope_2d"},

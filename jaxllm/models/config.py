@@ -339,7 +339,7 @@ class DecoderConfig(Stack):
     head_norm: bool = False  # rows of the head are scaled to length 1 (Baichuan 2, arXiv:2309.10305, section 2.3)
     logit_scale: float = Field(1.0, gt=0)  # final logits are multiplied by this (MPT)
     logit_softcap: float | None = Field(None, gt=0)  # final logits -> c tanh(logits / c) (Gemma 2)
-    query_layer: Block | None = None  # on top of all, with embeddings of places as queries (PanGu-alpha, 2104.12369, 3.2)
+    query_layer: Block | None = None  # on top of all, with embeddings of places as queries (PanGu-alpha, 2104.12369)
 
     @model_validator(mode="after")
     def _query_layer_fits(self):

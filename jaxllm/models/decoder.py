@@ -104,6 +104,7 @@ class Decoder(Stack):
         *,
         prefix_BT: Bool[Array, "B T"] | None = None,
         index_BT: Int[Array, "#B T"] | None = None,
+        block_BT: Int[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T V"]:
         """float32 logits of the token after each token.
@@ -113,11 +114,13 @@ class Decoder(Stack):
           documents_BT: document id in a packed row; 0 is padding and is seen by padding only.
           prefix_BT: marks tokens of a bidirectional prefix, for masks with `prefix`.
           index_BT: place of each token in its row, where the tokens of a row stand in another order.
+          block_BT: for `rope_2d`, place in the span that a token is of, from 1; 0 in the prompt. Positions are then
+            places in the prompt, of a token of a span that of its mask. None: what follows the prefix is one span, and
+            the prefix ends in its mask.
           key: turns dropout on.
         """
-        return self.logits(
-            self.hidden(tokens_BT, positions_BT, documents_BT, prefix_BT=prefix_BT, index_BT=index_BT, key=key)
-        )
+        told = {"prefix_BT": prefix_BT, "index_BT": index_BT, "block_BT": block_BT, "key": key}
+        return self.logits(self.hidden(tokens_BT, positions_BT, documents_BT, **told))
 
     def hidden(
         self,
@@ -127,6 +130,7 @@ class Decoder(Stack):
         *,
         prefix_BT: Bool[Array, "B T"] | None = None,
         index_BT: Int[Array, "#B T"] | None = None,
+        block_BT: Int[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
         table_VD: Float[Array, "V D"] | None = None,
         memory: Memory | None = None,
@@ -135,6 +139,8 @@ class Decoder(Stack):
         self.check_length(tokens_BT.shape[1])
         positions_BT = self.placed(positions_BT, key)
         tokens = row_tokens(positions_BT, documents_BT, prefix_BT, index_BT)
+        if block_BT is not None:
+            tokens = tokens._replace(two=(positions_BT, block_BT))
         x_BTD = self.embed(tokens_BT, positions_BT, key, table_VD)
         x_BTD, _ = self.layers(x_BTD, tokens, key, memory=memory)
         return self.top(self.final(x_BTD), tokens, key)[0]

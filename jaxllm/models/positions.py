@@ -133,10 +133,11 @@ class RoPE(Config):
 
 
 class RoPE2D(Config):
-    """Half of each head rotated by the place in the prompt, half by the place in what follows it (GLM).
+    """Half of each head rotated by the place in the prompt, half by the place in the span that is filled in.
 
-    Du et al. 2021, arXiv:2103.10360, section 2.1, as rotations: ChatGLM-6B. The prompt is the prefix of a document. What
-    follows has the first place of the prompt's last token, and is counted from 1 by the second, which is 0 in the prompt.
+    GLM (Du et al. 2021, arXiv:2103.10360, section 2.1), as rotations: ChatGLM-6B. The prompt is a document's prefix. In
+    a span the first place is that of its mask, in what is generated that of the prompt's last token; the second counts
+    from 1, and is 0 in the prompt.
     """
 
     kind: Literal["rope_2d"] = "rope_2d"

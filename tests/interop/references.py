@@ -254,12 +254,13 @@ def glm130b(t: Tensors, c: Config, ids: Array, prefix: int = 0) -> Array:
     return sat(t, c, ids, prefix, lambda y: rotate(y, range(len(ids))), geglu)
 
 
-def chatglm(t: Tensors, c: Config, ids: Array, prefix: int) -> Array:
+def chatglm(t: Tensors, c: Config, ids: Array, prefix: int, mask: int | None = None) -> Array:
     """ChatGLM-6B: the same with two places for each token, and no gate.
 
-    The first place counts tokens of the prompt and stays at its last token, the second counts what follows.
+    The first place counts tokens of the prompt and stays at its mask (its last token, [gMASK]), the second counts what
+    follows.
     """
-    first = [min(i, prefix - 1) for i in range(len(ids))]
+    first = [i if i < prefix else prefix - 1 if mask is None else mask for i in range(len(ids))]
     second = [max(0, i - prefix + 1) for i in range(len(ids))]
 
     def turn(y: Array) -> Array:

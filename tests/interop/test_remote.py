@@ -21,6 +21,7 @@ from jaxllm.interop.family import differences, resolved
 from jaxllm.interop.folder import BY_KIND, family_of, fitting, open_folder, save_folder
 from jaxllm.interop.weights import load
 from jaxllm.models.config import DecoderConfig
+from jaxllm.models.count import parameters
 from jaxllm.models.layout import unstack
 from jaxllm.models.module import abstract, merge
 from tests.interop import references
@@ -468,7 +469,7 @@ def test_baichuan_configs_say_which_of_the_four_they_are():
 
 @pytest.mark.parametrize("kind, key, value", [
     ("internlm", "rotary", {"type": "yarn", "base": 1e4}), ("moss", "wbits", 8), ("chatglm2", "quantization_bit", 4),
-    ("chatglm2", "tie_word_embeddings", True), ("glm-130b", "layernorm_order", "pre"),
+    ("chatglm2", "tie_word_embeddings", True), ("chatglm2", "vision_config", {}), ("chatglm", "pre_seq_len", 64), ("glm-130b", "layernorm_order", "pre"),
 ])  # fmt: skip
 def test_what_a_family_cannot_have_is_refused_by_its_key(kind, key, value):
     config = CASES[kind].config(lambda options: options[0]) | {key: value}
@@ -483,16 +484,97 @@ def test_a_model_of_another_family_is_refused_on_the_way_out():
         BY_KIND["glm-130b"].theirs(llama)
 
 
-def test_palm_is_a_config():
-    """PaLM has no public weights: the same matrices in our names and in the reference's."""
-    D, N, H, L = 24, 3, 8, 2
-    cfg = DecoderConfig.model_validate({
-        "vocab": V, "context": CONTEXT, "embed": D, "num_layers": L, "tie": True, "logit_scale": D**-0.5,
+def test_chatglm_fills_a_mask_in_the_middle_of_a_prompt(tmp_path):
+    """[MASK] at place 2 of 6 tokens: GLM's places are 0 1 2 3 4 5, then 2 2 2 2 and 1 2 3 4 (arXiv:2103.10360, figure 2)."""
+    config, tensors = tiny("chatglm", tmp_path / "m")
+    ids = np.random.default_rng(4).integers(0, V, 10)
+    first, second = [0, 1, 2, 3, 4, 5, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0, 1, 2, 3, 4]
+    rows = (jnp.asarray(x, jnp.int32)[None] for x in (ids, first, np.ones(10)))
+    got = built(open_folder(tmp_path / "m"))(
+        *rows, prefix_BT=jnp.arange(10)[None] < 6, block_BT=jnp.asarray(second, jnp.int32)[None]
+    )
+    np.testing.assert_allclose(got[0], references.chatglm(tensors, config, ids, 6, mask=2), atol=1e-4, rtol=0)
+
+
+def test_rows_of_baichuan_2s_head_may_have_any_length(tmp_path):
+    """NormHead (arXiv:2309.10305, section 2.3): only the direction of a row counts."""
+    config, tensors = tiny("baichuan", tmp_path / "one", z_loss_weight=0)
+    lengths = np.random.default_rng(5).uniform(0.1, 9, (V, 1)).astype(np.float32)
+    write(tmp_path / "two", config, tensors | {"lm_head.weight": tensors["lm_head.weight"] * lengths})
+    row = [jnp.arange(9, dtype=jnp.int32)[None]] * 2 + [jnp.ones((1, 9), jnp.int32)]
+    one, two = (built(open_folder(tmp_path / name))(*row) for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def published_llama(kind: str, V: int, D: int, F: int, L: int, N: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": kind, "vocab_size": V, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": L,
+        "num_attention_heads": N, "max_position_embeddings": 4096,
+    } | more  # fmt: skip
+
+
+def published_glm(V: int, L: int) -> dict[str, Any]:
+    return {
+        "model_type": "chatglm", "padded_vocab_size": V, "num_layers": L, "hidden_size": 4096, "ffn_hidden_size": 13696,
+        "kv_channels": 128, "num_attention_heads": 32, "multi_query_attention": True, "multi_query_group_num": 2,
+        "add_qkv_bias": True,
+    }  # fmt: skip
+
+
+def published_pangu(D: int, L: int, N: int) -> dict[str, Any]:
+    return {"model_type": "gpt_pangu", "vocab_size": 40_000, "hidden_size": D, "num_layers": L, "num_heads": N}
+
+
+# What config.json of the published models says, or the tables of their papers; parameters; how exact those are.
+PUBLISHED = [
+    (published_llama("baichuan", 64_000, 4096, 11_008, 32, 32), 7_000_559_616, 0),  # its README
+    (published_llama("baichuan", 64_000, 5120, 13_696, 40, 40), 13_264_901_120, 0),  # its README
+    (published_llama("Yi", 64_000, 7168, 20_480, 60, 56), 34.4e9, 0.001),  # arXiv:2403.04652
+    (published_llama("aquila", 100_008, 4096, 11_008, 32, 32), 7.3e9, 0.01),  # FlagAI
+    (published_llama("internlm", 103_168, 5120, 13_824, 60, 40, bias=False), 20.1e9, 0.001),  # InternLM
+    (published_llama("qwen", 151_936, 4096, 22_016, 32, 32), 7_721_324_544, 0),  # its weights
+    (published_llama("qwen", 152_064, 8192, 49_152, 80, 64), 72.3e9, 0.001),  # its weights
+    (published_glm(65_024, 28), 6_243_584_000, 0),  # ChatGLM2, its weights
+    (published_glm(151_552, 40), 9.4e9, 0.001),  # GLM-4 9B
+    ({"model_type": "chatglm", "vocab_size": 130_528, "hidden_size": 4096, "num_layers": 28, "num_attention_heads": 32,
+      "inner_hidden_size": 16_384}, 6.2e9, 0.01),
+    ({"model_type": "glm-130b", "vocab_size": 150_528, "hidden_size": 12_288, "num_layers": 70,
+      "num_attention_heads": 96, "inner_hidden_size": 32_768}, 130e9, 0.02),  # arXiv:2210.02414
+    ({"model_type": "moss", "vocab_size": 107_008, "n_embd": 6144, "n_layer": 34, "n_head": 24}, 16_717_980_160, 0),
+    (published_pangu(2560, 32, 32), 2.6e9, 0.01),  # arXiv:2104.12369, table 1
+    (published_pangu(5120, 40, 40), 13e9, 0.02),
+    (published_pangu(16_384, 64, 128), 200e9, 0.04),
+    ({"model_type": "codegeex", "hidden_size": 5120, "num_layers": 39, "num_attention_heads": 40}, 13e9, 0.01),
+]  # fmt: skip
+
+
+def test_published_configs_have_the_parameters_that_were_published():
+    for config, published, exact in PUBLISHED:
+        cfg = family_of(config, "config.json").ours(config)
+        assert parameters(cfg) == pytest.approx(published, rel=exact, abs=0), config
+
+
+def palm(layers: int, embed: int, heads: int, head_dim: int = 256, vocab: int = 256_000) -> DecoderConfig:
+    return DecoderConfig.model_validate({
+        "vocab": vocab, "context": CONTEXT, "embed": embed, "num_layers": layers, "tie": True,
+        "logit_scale": embed**-0.5,
         "block": {
             "placement": {"kind": "parallel"}, "norm": {"kind": "layernorm", "bias": False},
-            "attention": {"num_heads": N, "num_kv_heads": 1, "head_dim": H}, "ffn": {"mlp": 4 * D},
+            "attention": {"num_heads": heads, "num_kv_heads": 1, "head_dim": head_dim}, "ffn": {"mlp": 4 * embed},
         },
     })  # fmt: skip
+
+
+def test_palm_has_the_sizes_of_its_paper():
+    """Chowdhery et al. 2022, arXiv:2204.02311, table 1."""
+    sizes = [parameters(palm(*shape)) / 1e9 for shape in ((32, 4096, 16), (64, 8192, 32), (118, 18_432, 48))]
+    assert sizes == pytest.approx([8.63, 62.50, 540.35], abs=0.01)
+
+
+def test_palm_is_a_config():
+    """PaLM has no public weights: the same matrices in our names and in the reference's."""
+    D, L = 24, 2
+    cfg = palm(L, D, heads=3, head_dim=8, vocab=V)
     graphdef, shapes, _ = abstract(cfg)
     rng = np.random.default_rng(3)
     params = {name: rng.normal(size=x.shape).astype(np.float32) * (D**-0.5) for name, x in shapes.items()}
@@ -501,7 +583,7 @@ def test_palm_is_a_config():
              "gate": "ffn.w_gate", "up": "ffn.w_up", "down": "ffn.w_down", "norm": "norm_attention.scale"}  # fmt: skip
     theirs = {f"{i}.{n}": logical[f"layers.{i}.{ours}"] for i in range(L) for n, ours in names.items()}
     theirs |= {"embedding": logical["embedding"], "norm": logical["final_norm.scale"]}
-    assert len(theirs) == len(logical)
+    assert len(theirs) == len(logical)  # no biases
     ids = rng.integers(0, V, 12)
     model = merge(graphdef, {name: jnp.asarray(x) for name, x in params.items()})
     got = model(*(jnp.asarray(x[None], jnp.int32) for x in (ids, np.arange(12), np.ones(12))))
