@@ -163,7 +163,8 @@ def resolved(cfg: DecoderConfig) -> DecoderConfig:
     blocks = [block(cfg.layer(i)) for i in range(cfg.num_layers)]
     period = _period(blocks)
     layered = {"block": blocks[0], "pattern": tuple(blocks[:period]) if period > 1 else ()}
-    layered["query_layer"] = cfg.query_layer and block(cfg.query_layer)
+    if getattr(cfg, "query_layer", None):
+        layered["query_layer"] = block(cfg.query_layer)
     table = cfg.table if cfg.table != cfg.embed else None
     position = NoPosition() if per_layer else cfg.position
     return cfg.model_copy(

@@ -221,7 +221,7 @@ def _chatglm_theirs(cfg: DecoderConfig) -> dict[str, Any]:
     } | ({"_name_or_path": "THUDM/chatglm2-6b-32k"} if divided else {})  # fmt: skip
 
 
-# ChatGLM2 and 3, CodeGeeX2, GLM-4 (GLM team 2024, arXiv:2406.12793): LLaMA with half of each head rotated, pair by pair.
+# ChatGLM2 and 3, CodeGeeX2, GLM-4 (GLM team 2024, arXiv:2406.12793): LLaMA with half of each head rotated by pairs.
 CHATGLM2 = Family(
     "chatglm2", "ChatGLMModel", prefix="transformer.", model_type="chatglm",
     when=lambda config: "ffn_hidden_size" in config,

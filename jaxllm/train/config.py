@@ -403,7 +403,7 @@ class RunConfig(Config):
                 f"{mesh} with remat={asked}: what a stage keeps waits on its device; set remat to save_attention, or "
                 "to a list of names"
             )
-        if model.query_layer:
+        if getattr(model, "query_layer", None):
             found.append(f"{mesh} with model.query_layer: stages end where it begins; set it to null")
         for part in ("outer", "compression"):
             if getattr(self, part) is not None:

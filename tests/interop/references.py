@@ -112,7 +112,8 @@ def gated(t: Tensors, name: str, x: Array) -> Array:
 
 
 def llama(
-    t: Tensors, c: Config, ids: Array, *, base: float = 1e4, norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    t: Tensors, c: Config, ids: Array, *, base: float = 1e4,
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm"),
 ) -> Array:  # fmt: skip
     """LLaMA; so are Aquila, Yi but for the names of its norms, and InternLM with biases."""
     N, K = c["num_attention_heads"], c.get("num_key_value_heads", c["num_attention_heads"])
@@ -302,8 +303,8 @@ def codegeex(t: Tensors, c: Config, ids: Array) -> Array:
 
     names = {
         "word": "language_model.embedding.word_embeddings", "places": "language_model.embedding.position_embeddings",
-        "queries": "language_model.topQueryEmbedding.top_query_embeddings", "layer": "language_model.transformer.layers.{}",
-        "top": "language_model.transformer.topQueryLayer", "norm": "language_model.transformer.final_layernorm",
+        "queries": "language_model.topQueryEmbedding.top_query_embeddings",
+        "layer": "language_model.transformer.layers.{}", "top": "language_model.transformer.topQueryLayer", "norm": "language_model.transformer.final_layernorm",
         "q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "attention.dense",
         "norm1": "input_layernorm", "norm2": "post_attention_layernorm", "up": "mlp.dense_h_to_4h",
         "down": "mlp.dense_4h_to_h",
@@ -314,9 +315,10 @@ def codegeex(t: Tensors, c: Config, ids: Array) -> Array:
 def pangu(t: Tensors, c: Config, ids: Array) -> Array:
     """The query layer is the last of `num_layers`."""
     names = {
-        "word": "transformer.wte", "places": "transformer.wpe", "queries": "transformer.wqe", "layer": "transformer.h.{}",
-        "top": "transformer.h.{}", "norm": "transformer.ln_f", "q": "attn.q_proj", "k": "attn.k_proj",
-        "v": "attn.v_proj", "o": "attn.c_proj", "norm1": "ln_1", "norm2": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj",
+        "word": "transformer.wte", "places": "transformer.wpe", "queries": "transformer.wqe",
+        "layer": "transformer.h.{}", "top": "transformer.h.{}", "norm": "transformer.ln_f", "q": "attn.q_proj", "k": "attn.k_proj",
+        "v": "attn.v_proj", "o": "attn.c_proj", "norm1": "ln_1", "norm2": "ln_2", "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
     }  # fmt: skip
     return query_layered(t, ids, c["num_heads"], c["num_layers"] - 1, c["layer_norm_epsilon"], gelu, names)
 

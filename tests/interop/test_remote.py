@@ -107,7 +107,8 @@ def qwen(pick: Pick) -> dict[str, Any]:
         "num_hidden_layers": s["L"], "num_attention_heads": s["N"], "kv_channels": s["H"],
         "intermediate_size": 2 * s["F"], "layer_norm_epsilon": pick([1e-6, 1e-3]), "seq_length": pick([CONTEXT, 5, 3]),
         "max_position_embeddings": CONTEXT, "rotary_emb_base": pick([100, 10_000]), "no_bias": pick(FLAG),
-        "rotary_pct": pick([0.5, 1.0]), "tie_word_embeddings": False, "use_dynamic_ntk": pick(FLAG), "use_logn_attn": pick(FLAG),
+        "rotary_pct": pick([0.5, 1.0]), "tie_word_embeddings": False, 
+        "use_dynamic_ntk": pick(FLAG), "use_logn_attn": pick(FLAG),
     }  # fmt: skip
 
 
@@ -134,7 +135,8 @@ def moss(pick: Pick) -> dict[str, Any]:
 def moss_shapes(c: dict[str, Any]) -> Shapes:
     D, F = c["n_embd"], c["n_inner"]
     return {
-        "transformer.wte.weight": (V, D), **norm("transformer.ln_f", D, bias=True), **linear("lm_head", V, D, bias=True),
+        "transformer.wte.weight": (V, D), **norm("transformer.ln_f", D, bias=True),
+        **linear("lm_head", V, D, bias=True),
         **in_layers(c["n_layer"], "transformer.h", linear("attn.qkv_proj", 3 * D, D), linear("attn.out_proj", D, D),
                     linear("mlp.fc_in", F, D, bias=True), linear("mlp.fc_out", D, F, bias=True),
                     norm("ln_1", D, bias=True)),
@@ -204,7 +206,8 @@ def pangu_shapes(c: dict[str, Any]) -> Shapes:
     D, F = c["hidden_size"], c["intermediate_size"] or 4 * c["hidden_size"]
     attention = [linear(f"attn.{n}_proj", D, D, bias=True) for n in "qkvc"]
     return {
-        "transformer.wte.weight": (V, D), "transformer.wpe.weight": (CONTEXT, D), "transformer.wqe.weight": (CONTEXT, D),
+        "transformer.wte.weight": (V, D),
+        "transformer.wpe.weight": (CONTEXT, D), "transformer.wqe.weight": (CONTEXT, D),
         **norm("transformer.ln_f", D, bias=True),
         **in_layers(c["num_layers"], "transformer.h", *attention, linear("mlp.c_fc", F, D, bias=True),
                     linear("mlp.c_proj", D, F, bias=True), norm("ln_1", D, bias=True), norm("ln_2", D, bias=True)),
@@ -469,7 +472,8 @@ def test_baichuan_configs_say_which_of_the_four_they_are():
 
 @pytest.mark.parametrize("kind, key, value", [
     ("internlm", "rotary", {"type": "yarn", "base": 1e4}), ("moss", "wbits", 8), ("chatglm2", "quantization_bit", 4),
-    ("chatglm2", "tie_word_embeddings", True), ("chatglm2", "vision_config", {}), ("chatglm", "pre_seq_len", 64), ("glm-130b", "layernorm_order", "pre"),
+    ("chatglm2", "tie_word_embeddings", True), ("chatglm2", "vision_config", {}), ("chatglm", "pre_seq_len", 64),
+    ("glm-130b", "layernorm_order", "pre"),
 ])  # fmt: skip
 def test_what_a_family_cannot_have_is_refused_by_its_key(kind, key, value):
     config = CASES[kind].config(lambda options: options[0]) | {key: value}
@@ -485,7 +489,7 @@ def test_a_model_of_another_family_is_refused_on_the_way_out():
 
 
 def test_chatglm_fills_a_mask_in_the_middle_of_a_prompt(tmp_path):
-    """[MASK] at place 2 of 6 tokens: GLM's places are 0 1 2 3 4 5, then 2 2 2 2 and 1 2 3 4 (arXiv:2103.10360, figure 2)."""
+    """[MASK] at place 2 of 6 tokens: places are 0 1 2 3 4 5, then 2 2 2 2 and 1 2 3 4 (arXiv:2103.10360, figure 2)."""
     config, tensors = tiny("chatglm", tmp_path / "m")
     ids = np.random.default_rng(4).integers(0, V, 10)
     first, second = [0, 1, 2, 3, 4, 5, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0, 1, 2, 3, 4]
