@@ -31,6 +31,9 @@ class Given(Mapping[str, Any]):
             raise CheckpointError(f"{self.name}: {key} is missing")
         return self._said[key]
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._said
+
     def get(self, key: str, default: Any = None) -> Any:
         return self._said.get(key, default)
 
@@ -56,7 +59,7 @@ class Family:
     """See the head of this file.
 
     Attributes:
-      kind: `model_type` of its configs.
+      kind: its name; `model_type` of its configs, unless `model_type` says another.
       architecture: the class of transformers that computes next-token logits.
       names: its table, or the table of a config.
       prefix: of the names of all weights but the head's; files of the bare model lack it.
@@ -65,6 +68,7 @@ class Family:
       only: key of theirs -> the one value that can be read.
       defaults: of their config class.
       drop: tensors that hold no weights, by the end of their names.
+      when: which configs are its, among those of families with the same `model_type`.
     """
 
     kind: str
@@ -78,6 +82,12 @@ class Family:
     parts: tuple[Part, ...] = ()
     drop: tuple[str, ...] = ()
     also: tuple[str, ...] = ()  # further `model_type`s
+    model_type: str | None = None
+    when: Callable[[Mapping[str, Any]], bool] = lambda config: True
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        return (self.model_type or self.kind, *self.also)
 
     def ours(self, config: Mapping[str, Any], name: str = "config.json") -> DecoderConfig:
         """The config of ours that computes what a `config.json` describes.
@@ -114,7 +124,7 @@ class Family:
           ConfigError: the family has no such model; names the fields.
         """
         cfg = resolved(cfg)
-        config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.kind}
+        config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_types[0]}
         config |= self.only
         for key, where in self.sizes.items():
             path = where if isinstance(where, str) else where[0]
@@ -140,7 +150,7 @@ LAYERS = "*layers"  # among the paths of a Part: a list of Paths, what each laye
 def resolved(cfg: DecoderConfig) -> DecoderConfig:
     """The same model with all that follows from other fields written down, and nothing that only training looks at."""
 
-    per_layer = cfg.position.kind in ("rope", "alibi", "none")
+    per_layer = cfg.position.kind in ("rope", "rope_2d", "alibi", "none")
 
     def block(block: Block) -> Block:
         a = block.attention
@@ -153,6 +163,8 @@ def resolved(cfg: DecoderConfig) -> DecoderConfig:
     blocks = [block(cfg.layer(i)) for i in range(cfg.num_layers)]
     period = _period(blocks)
     layered = {"block": blocks[0], "pattern": tuple(blocks[:period]) if period > 1 else ()}
+    if getattr(cfg, "query_layer", None):
+        layered["query_layer"] = block(cfg.query_layer)
     table = cfg.table if cfg.table != cfg.embed else None
     position = NoPosition() if per_layer else cfg.position
     return cfg.model_copy(

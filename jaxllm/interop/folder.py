@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.core.errors import CheckpointError, ConfigError
-from jaxllm.interop import safetensors
-from jaxllm.interop.decoders import FAMILIES
+from jaxllm.interop import decoders, remote, safetensors
 from jaxllm.interop.family import Family, differences, resolved
 from jaxllm.interop.weights import Kept, Weights, commonest, tensors_of
 from jaxllm.models.config import DecoderConfig
 
+FAMILIES = (*decoders.FAMILIES, *remote.FAMILIES)
 BY_KIND = {kind: family for family in FAMILIES for kind in (family.kind, *family.also)}
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -96,9 +96,13 @@ def family_of(config: Mapping[str, Any], name: str) -> Family:
     kind = config.get("model_type")
     if config.get("quantization_config"):
         raise CheckpointError(f"{name}: quantization_config is set; only weights that are not quantised can be read")
-    if kind in BY_KIND:
-        return BY_KIND[kind]
-    known = ", ".join(sorted(BY_KIND))
+    found = [family for family in FAMILIES if kind in family.model_types]
+    if fits := [family for family in found if family.when(config)]:
+        return fits[0]
+    if found:
+        which = ", ".join(family.kind for family in found)
+        raise CheckpointError(f"{name}: model_type={json.dumps(kind)} with keys of none of {which}")
+    known = ", ".join(sorted({kind for family in FAMILIES for kind in family.model_types}))
     raise CheckpointError(f"{name}: model_type={json.dumps(kind)} is no family that is known here: {known}")
 
 

@@ -116,6 +116,20 @@ def by_head(*, bias: bool = False, transposed: bool = True) -> Form:
     return Form(ours, back)
 
 
+def by_element(*, bias: bool = False) -> Form:
+    """q, k and v of each element of each head together: [N, H, 3] (Megatron-LM's checkpoints of version 1)."""
+
+    def ours(theirs, shapes):
+        x = theirs[0] if bias else theirs[0].T
+        return [x[..., i :: len(shapes)].reshape(s) for i, s in enumerate(shapes)]
+
+    def back(ours):
+        x = _numpy(ours[0]).stack([x.reshape(-1) if bias else _flat(x, 1) for x in ours], -1)
+        return [x.reshape(-1) if bias else x.reshape(x.shape[0], -1).T]
+
+    return Form(ours, back)
+
+
 def in_shares(order: Sequence[int], shares: int) -> Form:
     """Matrices cut into shares, the same share of each side by side (CodeGen: 4 shares of q, v, k).
 
@@ -165,6 +179,14 @@ def heads_fused(theirs: str, *, transposed: bool = True) -> Table:
     return (
         Row((f"{theirs}.weight",), tuple(map(_weight, QKV)), by_head(transposed=transposed)),
         Row((f"{theirs}.bias",), tuple(map(_bias, QKV)), by_head(bias=True)),
+    )
+
+
+def elements_fused(theirs: str) -> Table:
+    """A module that holds q, k and v element by element."""
+    return (
+        Row((f"{theirs}.weight",), tuple(map(_weight, QKV)), by_element()),
+        Row((f"{theirs}.bias",), tuple(map(_bias, QKV)), by_element(bias=True)),
     )
 
 

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from jaxllm.core.config import Config, merge, union
 from jaxllm.models.masks import Causal, Mask
-from jaxllm.models.positions import LayerPosition, Learned, Position, Relative, RoPE
+from jaxllm.models.positions import LayerPosition, Learned, Position, Relative, RoPE, RoPE2D
 
 if TYPE_CHECKING:
     from jaxllm.models.decoder import Decoder
@@ -129,6 +129,7 @@ class Attention(Config):
     softcap: float | None = Field(None, gt=0)  # logits -> c tanh(logits / c) (Gemma 2, arXiv:2408.00118)
     window: int | None = Field(None, gt=0)  # a query sees itself and window-1 earlier tokens (Mistral, 2310.06825)
     scale: float | None = Field(None, gt=0)  # multiplies q.k; null: head_dim^(-1/2)
+    log_scale: int | None = Field(None, gt=1)  # beyond so many, the n-th token's logits grow by log_this(n) (Qwen 1)
     mask: Mask = Causal()  # who sees whom, before window and documents are applied
 
     @model_validator(mode="after")
@@ -273,6 +274,8 @@ class Stack(Config):
                         f"position.scaling.{wrong[0]} has {len(getattr(position.scaling, wrong[0]))} divisors for "
                         f"{rotated // 2} frequencies"
                     )
+            if isinstance(position, RoPE2D) and rotated % 4:
+                raise ValueError(f"position=rope_2d needs heads of a multiple of 4 elements, got head_dim={rotated}")
             if block.cross is not None and block.placement.kind not in ("pre", "post"):
                 raise ValueError(f"cross needs placement=pre or post, got {block.placement.kind}")
         sizes = {(b.attention.num_heads, self.head_dim(b.attention)) for b in self.blocks}
@@ -309,10 +312,10 @@ class Stack(Config):
         return round(self.head_dim(attention) * getattr(self.position_of(attention), "fraction", 0.0))
 
     @property
-    def ropes(self) -> tuple[tuple[RoPE, int], ...]:
+    def ropes(self) -> tuple[tuple[RoPE | RoPE2D, int], ...]:
         """The rotations that layers ask for, each once, with the elements of a head that they rotate."""
         every = ((self.position_of(b.attention), self.rotary_dim(b.attention)) for b in self.blocks)
-        return tuple(dict.fromkeys(rope for rope in every if rope[0].kind == "rope"))
+        return tuple(dict.fromkeys(rope for rope in every if rope[0].kind in ("rope", "rope_2d")))
 
     @property
     def table_width(self) -> int:
@@ -336,6 +339,17 @@ class DecoderConfig(Stack):
     head_norm: bool = False  # rows of the head are scaled to length 1 (Baichuan 2, arXiv:2309.10305, section 2.3)
     logit_scale: float = Field(1.0, gt=0)  # final logits are multiplied by this (MPT)
     logit_softcap: float | None = Field(None, gt=0)  # final logits -> c tanh(logits / c) (Gemma 2)
+    query_layer: Block | None = None  # on top of all, with embeddings of places as queries (PanGu-alpha, 2104.12369)
+
+    @model_validator(mode="after")
+    def _query_layer_fits(self):
+        if self.query_layer is not None:
+            a = self.query_layer.attention
+            if a.head_dim is None and self.embed % a.num_heads:
+                raise ValueError(f"query_layer: embed={self.embed} must be a multiple of num_heads={a.num_heads}")
+            if self.query_layer.cross is not None or self.query_layer.placement.kind != "pre":
+                raise ValueError("query_layer takes placement=pre and no cross")
+        return self
 
     def build(self, seed: int = 0) -> "Decoder":
         """The model with freshly initialised float32 weights."""

@@ -25,7 +25,7 @@ def parameters(cfg: DecoderConfig) -> int:
 
 def non_embedding(cfg: DecoderConfig) -> int:
     """Parameters without token and position tables and without the head (Kaplan et al. 2020, arXiv:2001.08361)."""
-    tables = ("embedding", "positions", "head", "head_bias")
+    tables = ("embedding", "positions", "query_positions", "head", "head_bias")
     return sum(n for name, n in parts(cfg).items() if name not in tables)
 
 
@@ -46,6 +46,9 @@ def parts(cfg: DecoderConfig) -> dict[str, int]:
         count["head"] = cfg.table_width * V
     if cfg.head_bias:
         count["head_bias"] = V
+    if cfg.query_layer:
+        count["query_positions"] = cfg.context * D
+        count["query_layer"] = sum(block_parts(cfg, cfg.query_layer).values())
     return count
 
 
@@ -89,8 +92,7 @@ def flops_per_token(cfg: DecoderConfig, length: int, *, causal: bool = True) -> 
         does and as attention without a kernel computes it. The first gives the lower utilisation.
     """
     forward = 2.0 * cfg.table_width * vocabulary(cfg) + (4.0 * cfg.table * cfg.embed if cfg.table else 0)
-    for i in range(cfg.num_layers):
-        block = cfg.layer(i)
+    for block in (*map(cfg.layer, range(cfg.num_layers)), *filter(None, [cfg.query_layer])):
         a = block.attention
         keys = visible_pairs(a, length) / length if causal else length
         forward += 2 * (attention_weights(cfg, a) + ffn_weights(cfg, block)) + 4 * a.num_heads * cfg.head_dim(a) * keys

@@ -21,7 +21,7 @@ from jaxllm.models.layers.param import constant, param
 from jaxllm.models.layers.position import sinusoids
 from jaxllm.models.layout import Places
 from jaxllm.models.remat import Remat
-from jaxllm.models.stack import Stack, row_tokens
+from jaxllm.models.stack import Stack, make, row_tokens
 
 
 class Cache(NamedTuple):
@@ -36,6 +36,7 @@ class Cache(NamedTuple):
     length: Int[Array, ""]  # tokens so far, padding included; alike for all rows
     pad_B: Int[Array, " B"]  # padding tokens at the left of each row
     prefix_B: Int[Array, " B"]  # tokens of the bidirectional prefix
+    query: KV | None = None  # of the query layer
     cross: tuple[tuple[KV, ...], tuple[KV, ...]] | None = None  # of an encoder's output, for `blocks` and `tail`
     memory: Memory | None = None  # where that output's tokens stand
 
@@ -46,6 +47,7 @@ class Cache(NamedTuple):
             blocks=jax.tree.map(functools.partial(take, axis=1), self.blocks),
             tail=jax.tree.map(functools.partial(take, axis=0), self.tail),
             pad_B=take(self.pad_B, axis=0), prefix_B=take(self.prefix_B, axis=0),
+            query=jax.tree.map(functools.partial(take, axis=0), self.query),
             cross=self.cross and (
                 jax.tree.map(functools.partial(take, axis=1), self.cross[0]),
                 jax.tree.map(functools.partial(take, axis=0), self.cross[1]),
@@ -89,6 +91,10 @@ class Decoder(Stack):
             self.head = param(rngs, std(cfg, Weight("head", width, cfg.vocab)), embed=width, vocab=cfg.vocab)
         if cfg.head_bias:
             self.head_bias = constant(0.0, vocab=cfg.vocab)
+        if cfg.query_layer:
+            deviation = std(cfg, Weight("embedding", cfg.context, cfg.embed))
+            self.query_positions = param(rngs, deviation, position=cfg.context, embed=cfg.embed)
+            self.query_layer = make(cfg, cfg.query_layer, rngs.params())
 
     def __call__(
         self,
@@ -98,6 +104,7 @@ class Decoder(Stack):
         *,
         prefix_BT: Bool[Array, "B T"] | None = None,
         index_BT: Int[Array, "#B T"] | None = None,
+        block_BT: Int[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T V"]:
         """float32 logits of the token after each token.
@@ -107,11 +114,13 @@ class Decoder(Stack):
           documents_BT: document id in a packed row; 0 is padding and is seen by padding only.
           prefix_BT: marks tokens of a bidirectional prefix, for masks with `prefix`.
           index_BT: place of each token in its row, where the tokens of a row stand in another order.
+          block_BT: for `rope_2d`, place in the span that a token is of, from 1; 0 in the prompt. Positions are then
+            places in the prompt, of a token of a span that of its mask. None: what follows the prefix is one span, and
+            the prefix ends in its mask.
           key: turns dropout on.
         """
-        return self.logits(
-            self.hidden(tokens_BT, positions_BT, documents_BT, prefix_BT=prefix_BT, index_BT=index_BT, key=key)
-        )
+        told = {"prefix_BT": prefix_BT, "index_BT": index_BT, "block_BT": block_BT, "key": key}
+        return self.logits(self.hidden(tokens_BT, positions_BT, documents_BT, **told))
 
     def hidden(
         self,
@@ -121,6 +130,7 @@ class Decoder(Stack):
         *,
         prefix_BT: Bool[Array, "B T"] | None = None,
         index_BT: Int[Array, "#B T"] | None = None,
+        block_BT: Int[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
         table_VD: Float[Array, "V D"] | None = None,
         memory: Memory | None = None,
@@ -129,9 +139,26 @@ class Decoder(Stack):
         self.check_length(tokens_BT.shape[1])
         positions_BT = self.placed(positions_BT, key)
         tokens = row_tokens(positions_BT, documents_BT, prefix_BT, index_BT)
+        if block_BT is not None:
+            tokens = tokens._replace(two=(positions_BT, block_BT))
         x_BTD = self.embed(tokens_BT, positions_BT, key, table_VD)
         x_BTD, _ = self.layers(x_BTD, tokens, key, memory=memory)
-        return self.final(x_BTD)
+        return self.top(self.final(x_BTD), tokens, key)[0]
+
+    def top(
+        self, x_BTD: Float[Array, "B T D"], tokens: Tokens, key: Key[Array, ""] | None = None
+    ) -> tuple[Float[Array, "B T D"], KV | None]:
+        """What the query layer makes of the layers' output, and its keys and values; without one, the output itself."""
+        if not self.cfg.query_layer:
+            return x_BTD, None
+        asked = self.asking(self.context(tokens))
+        last = jnp.int32(self.cfg.num_layers)
+        x_BTD, (kv,) = self.group((self.query_layer,), x_BTD, asked, last, key, keep=True, scanned=False)
+        return x_BTD, kv
+
+    def asking(self, layer: Layer) -> Layer:
+        """What the query layer is told: that its queries are embeddings of places."""
+        return layer._replace(queries_BTD=lookup(self.query_positions[...], layer.tokens.position, "position"))
 
     def logits(self, x_BTD: Float[Array, "B T D"], table_VD: Float[Array, "V D"] | None = None) -> Float[Array, "B T V"]:
         """float32 logits of hidden states."""
@@ -178,12 +205,18 @@ class Decoder(Stack):
         tokens = self.padded_tokens(jnp.arange(T)[None], pad_B, prefix_B)
         x_BTD = self.embed(tokens_BT, tokens.position, table_VD=table_VD)
         x_BTD, (blocks, tail) = self.layers(x_BTD, tokens, keep=True, memory=memory)
-        logits_BV = self.logits(self.final(x_BTD[:, -1:]), table_VD)[:, 0]
+        query = None
+        if self.cfg.query_layer:
+            x_BTD, kv = self.top(self.final(x_BTD), tokens)
+            query = jax.tree.map(functools.partial(ring, size=cache_size(self.cfg.query_layer, capacity), axis=1), kv)
+        else:
+            x_BTD = self.final(x_BTD[:, -1:])
+        logits_BV = self.logits(x_BTD[:, -1:], table_VD)[:, 0]
         sizes = [cache_size(b, capacity) for b in self.cfg.blocks]
         cache = Cache(
             blocks=tuple(jax.tree.map(functools.partial(ring, size=n, axis=2), kv) for kv, n in zip(blocks, sizes)),
             tail=tuple(jax.tree.map(functools.partial(ring, size=n, axis=1), kv) for kv, n in zip(tail, sizes)),
-            length=jnp.int32(T), pad_B=pad_B, prefix_B=prefix_B,
+            length=jnp.int32(T), pad_B=pad_B, prefix_B=prefix_B, query=query,
         )  # fmt: skip
         return logits_BV, cache
 
@@ -229,8 +262,13 @@ class Decoder(Stack):
         for block, kv, other in zip(self.tail, cache.tail, cross_tail, strict=True):
             x_BTD, kv = self._decode_layer(block, x_BTD, layer, lambda new, kv=kv: write(kv, new, None), other)
             tail.append(kv)
-        logits_BV = self.logits(self.final(x_BTD), table_VD)[:, 0]
-        return logits_BV, cache._replace(blocks=blocks, tail=tuple(tail), length=now + 1)
+        x_BTD, query = self.final(x_BTD), cache.query
+        if self.cfg.query_layer:
+            x_BTD, query = self._decode_layer(
+                self.query_layer, x_BTD, self.asking(layer), lambda new: write(cache.query, new, None), None
+            )
+        logits_BV = self.logits(x_BTD, table_VD)[:, 0]
+        return logits_BV, cache._replace(blocks=blocks, tail=tuple(tail), query=query, length=now + 1)
 
     def embed(
         self,
@@ -254,7 +292,7 @@ class Decoder(Stack):
 
     def check_decodable(self) -> None:
         """Raises ConfigError where a token's representation depends on tokens that are not there yet."""
-        for block in self.cfg.blocks:
+        for block in (*self.cfg.blocks, *filter(None, [self.cfg.query_layer])):
             if not block.attention.mask.decodable:
                 raise ConfigError(
                     f"attention.mask={block.attention.mask.kind} lets tokens see what follows them: such a model has "

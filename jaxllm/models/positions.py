@@ -58,6 +58,7 @@ class DynamicNTK(Config):
     kind: Literal["dynamic_ntk"] = "dynamic_ntk"
     factor: float = Field(ge=1)  # growth of the factor with the length
     original: int = Field(gt=0)  # longest length that is left as it is
+    doubling: bool = False  # a longer length counts as the next of 2, 4, 8, ... times `original` (Qwen 1)
 
 
 class YaRN(Config):
@@ -131,6 +132,30 @@ class RoPE(Config):
         return self.scaling is not None and self.scaling.kind in ("dynamic_ntk", "longrope")
 
 
+class RoPE2D(Config):
+    """Half of each head rotated by the place in the prompt, half by the place in the span that is filled in.
+
+    GLM (Du et al. 2021, arXiv:2103.10360, section 2.1), as rotations: ChatGLM-6B. The prompt is a document's prefix. In
+    a span the first place is that of its mask, in what is generated that of the prompt's last token; the second counts
+    from 1, and is 0 in the prompt.
+    """
+
+    kind: Literal["rope_2d"] = "rope_2d"
+    theta: float = Field(10_000.0, gt=0)  # base of the geometric series of wavelengths
+
+    @property
+    def fraction(self) -> float:
+        return 1.0
+
+    @property
+    def interleaved(self) -> bool:
+        return False
+
+    @property
+    def by_length(self) -> bool:
+        return False
+
+
 class ALiBi(Config):
     """A penalty on the logits, linear in distance, one slope a head (Press et al. 2021, arXiv:2108.12409)."""
 
@@ -141,8 +166,8 @@ class ALiBi(Config):
     rounded: bool = False  # slope times key position in bfloat16, whatever computes (Falcon)
 
 
-Position = union(NoPosition, Sinusoidal, Learned, RoPE, ALiBi)
-LayerPosition = union(NoPosition, RoPE, ALiBi)  # what a layer may say for itself
+Position = union(NoPosition, Sinusoidal, Learned, RoPE, RoPE2D, ALiBi)
+LayerPosition = union(NoPosition, RoPE, RoPE2D, ALiBi)  # what a layer may say for itself
 
 
 # --- what distance adds to the logits of attention -----------------------------------------------------------------

@@ -18,8 +18,9 @@ from jaxllm.models.layers.init import Weight, std
 from jaxllm.models.layers.linear import lookup
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import param
-from jaxllm.models.layers.position import document_lengths, rotation, sinusoids, spread
+from jaxllm.models.layers.position import Rotation, document_lengths, rotation, rotation_2d, sinusoids, spread
 from jaxllm.models.layout import Places
+from jaxllm.models.positions import RoPE, RoPE2D
 from jaxllm.models.remat import Remat, remat
 
 
@@ -71,7 +72,8 @@ class Stack(nnx.Module):
 
     def check_length(self, length: int) -> None:
         """Raises ConfigError where a row has more tokens than there are learned positions."""
-        if self.cfg.position.kind == "learned" and length > self.cfg.context:
+        learned = self.cfg.position.kind == "learned" or getattr(self.cfg, "query_layer", None)
+        if learned and length > self.cfg.context:
             raise ConfigError(
                 f"rows of {length} tokens for a model of {self.cfg.context} learned positions (model.context)"
             )
@@ -81,7 +83,11 @@ class Stack(nnx.Module):
         position = index_1S - pad_B[:, None]
         real = position >= 0
         place = self.placed(jnp.maximum(position, 0))
-        return Tokens(index_1S, place, real.astype(jnp.int32), real & (position < prefix_B[:, None]))
+        block = jnp.maximum(position - prefix_B[:, None] + 1, 0)
+        return Tokens(
+            index_1S, place, real.astype(jnp.int32), real & (position < prefix_B[:, None]),
+            (jnp.maximum(position - block, 0), block),
+        )  # fmt: skip
 
     def placed(self, positions_BT: Int[Array, "B T"], key: Key[Array, ""] | None = None) -> Int[Array, "B T"]:
         """Positions as the model is told them: themselves, or among `random_positions`, drawn anew for each row.
@@ -161,7 +167,13 @@ class Stack(nnx.Module):
         lengths = None
         if any(rope.by_length for rope, _ in cfg.ropes):
             lengths = document_lengths(*jnp.broadcast_arrays(tokens.position, tokens.document))
-        rotations = tuple(rotation(rope, tokens.position, lengths, n) for rope, n in cfg.ropes)
+
+        def turns(rope: RoPE | RoPE2D, size: int) -> Rotation:
+            if rope.kind == "rope":
+                return rotation(rope, tokens.position, lengths, size)
+            return rotation_2d(rope, *(tokens.two or two_places(tokens)), size)
+
+        rotations = tuple(turns(*rope) for rope in cfg.ropes)
         return Layer(tokens, rotations, lengths, self.relative, memory)
 
 
@@ -185,3 +197,11 @@ def row_tokens(positions_BT, documents_BT, prefix_BT=None, index_BT=None) -> Tok
     index = jnp.arange(positions_BT.shape[1])[None] if index_BT is None else index_BT
     prefix = jnp.zeros((1, 1), bool) if prefix_BT is None else prefix_BT
     return Tokens(index, positions_BT, documents_BT, prefix)
+
+
+def two_places(tokens: Tokens) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """The place in the prompt, and after it, of tokens whose prompt is the prefix of their document."""
+    position, document, prefix = jnp.broadcast_arrays(tokens.position, tokens.document, tokens.prefix)
+    last = document_lengths(jnp.where(prefix, position, -1), document)  # one more than the place of its last token
+    block = jnp.maximum(position - last + 1, 0)
+    return jnp.maximum(position - block, 0), block

@@ -403,6 +403,8 @@ class RunConfig(Config):
                 f"{mesh} with remat={asked}: what a stage keeps waits on its device; set remat to save_attention, or "
                 "to a list of names"
             )
+        if getattr(model, "query_layer", None):
+            found.append(f"{mesh} with model.query_layer: stages end where it begins; set it to null")
         for part in ("outer", "compression"):
             if getattr(self, part) is not None:
                 found.append(
@@ -438,6 +440,9 @@ class RunConfig(Config):
             "they keep their inputs alone; set pipeline.recompute to true": not self.pipeline.recompute,
             "its angles depend on how long a whole document is; drop position.scaling": any(
                 rope.by_length for rope, _ in self.model.ropes
+            ),
+            "its angles depend on how long a whole prefix is; drop position=rope_2d": any(
+                rope.kind == "rope_2d" for rope, _ in self.model.ropes
             ),
         }
         return [f"pipeline.schedule.slices: {why}, or slices to 1" for why, holds in reasons.items() if holds]

@@ -28,7 +28,7 @@ from jaxllm.models.config import (
 )  # fmt: skip
 from jaxllm.models.masks import All, Causal, Full, Prefix, Some, Window
 from jaxllm.models.module import abstract, merge, split
-from jaxllm.models.positions import ALiBi, Learned, NoPosition, RoPE, Sinusoidal
+from jaxllm.models.positions import ALiBi, Learned, NoPosition, RoPE, RoPE2D, Sinusoidal
 
 V = 29
 SAMPLINGS = [Greedy(), Sample(), Sample(temperature=0.7, top_k=7, top_p=0.9, min_p=0.02, repetition_penalty=1.3)]
@@ -53,7 +53,16 @@ def tiny(seed=1, **changes):
 # --- the cache ---------------------------------------------------------------------------------------------------
 
 positions = st.sampled_from(
-    [NoPosition(), Sinusoidal(), Learned(), RoPE(), RoPE(fraction=0.5), RoPE(interleaved=True, theta=50.0), ALiBi()]
+    [
+        NoPosition(),
+        Sinusoidal(),
+        Learned(),
+        RoPE(),
+        RoPE(fraction=0.5),
+        RoPE(interleaved=True, theta=50.0),
+        RoPE2D(),
+        ALiBi(),
+    ]
 )
 placements = st.sampled_from([Pre(), Sandwich(), Parallel(), Parallel(norms=2), SubLN()])
 post_placements = st.sampled_from([Post(), DeepNorm()])
@@ -74,7 +83,7 @@ def attentions(draw):
     return Attention(
         num_heads=heads[0], num_kv_heads=heads[1], head_dim=4, bias=draw(st.booleans()), mask=draw(masks),
         window=draw(st.sampled_from([None, 2, 3, 50])), softcap=draw(st.sampled_from([None, 5.0])),
-        qk_norm=draw(st.sampled_from([None, RMSNorm()])),
+        qk_norm=draw(st.sampled_from([None, RMSNorm()])), log_scale=draw(st.sampled_from([None, 3])),
     )  # fmt: skip
 
 
@@ -92,7 +101,7 @@ def decoders(draw):
     )
     return dict(
         vocab=V, context=32, embed=12, num_layers=num_slots + draw(st.integers(0, 2)), pattern=pattern,
-        tie=draw(st.booleans()),
+        tie=draw(st.booleans()), query_layer=draw(st.none() | st.builds(Block, attention=attentions())),
         position=draw(positions), logit_softcap=draw(st.sampled_from([None, 30.0])), dropout=Dropout(residual=0.3),
     )  # fmt: skip
 

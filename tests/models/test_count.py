@@ -43,6 +43,7 @@ def decoders(draw) -> DecoderConfig:
         "block": block, "pattern": pattern, "embedding_norm": draw(st.none() | NORMS),
         "position": draw(st.sampled_from(["none", "rope", "learned", "sinusoidal", "alibi"])),
         "final_norm": draw(st.booleans()), "tie": draw(st.booleans()), "head_bias": draw(st.booleans()),
+        "query_layer": draw(st.none() | st.just({"attention": draw(ATTENTION), "ffn": draw(FFN)})),
     })  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def test_counted_parameters_are_those_of_the_built_model(cfg):
     assert parameters(cfg) == sum(math.prod(x.shape) for x in shapes.values())
     tables = {
         name: math.prod(shapes[name].shape)
-        for name in ("embedding", "positions", "head", "head_bias")
+        for name in ("embedding", "positions", "query_positions", "head", "head_bias")
         if name in shapes
     }
     assert {name: n for name, n in parts(cfg).items() if name in tables} == tables

@@ -43,6 +43,8 @@ DECODERS = {
     "window_mask": decoder({"mask": {"kind": "window", "left": 2, "right": 1}}),
     "prefix_lm": decoder(PREFIX_LM, position="alibi"),
     "prefix": decoder({"mask": "prefix"}),
+    "rope_2d": decoder(PREFIX_LM | {"log_scale": 3}, position="rope_2d"),
+    "query_layer": decoder(None, LAYER_NORM, position="learned", query_layer=BLOCK | LAYER_NORM),
     "full": decoder({"mask": "full"}, position="learned"),
     "documents": decoder({"mask": {"kind": "all", "of": ["document", "causal"]}}),
     "pattern": decoder(pattern=[{"attention": {"window": 2}}, {"attention": PREFIX_LM}], num_layers=5),
@@ -125,6 +127,21 @@ def test_gradients_reach_the_visible_tokens_and_no_other(name):
     for i in range(cfg.num_layers):
         reach = (seen_in_one_layer(name, cfg.layer(i), documents, prefix).astype(int) @ reach) > 0
     assert np.array_equal(np.asarray(gradient != 0).any(-1), reach)
+
+
+def test_a_query_layer_sees_what_came_before_and_its_weights_are_trained():
+    params, logits = running("query_layer")
+    tokens, *rest = (np.asarray(x[:1]) for x in plain_batch())
+    changed = tokens.copy()
+    changed[0, 7] = (changed[0, 7] + 1) % V
+    one, two = (np.asarray(logits(params, x, *rest, np.zeros((1, T), bool)))[0] for x in (tokens, changed))
+    moved = np.abs(one - two).max(-1) > 1e-6
+    assert moved.tolist() == [False] * 7 + [True] * 5
+    graphdef, fresh = small("query_layer", remat="full")
+    grads = jax.jit(jax.grad(lambda p: jnp.square(merge(graphdef, p)(*plain_batch())).mean()))(fresh)
+    for name in ("query_positions", "query_layer.attention.w_q", "query_layer.attention.w_k", "blocks.0.ffn.w_up"):
+        assert np.abs(grads[name]).max() > 0
+    assert not np.any(grads["query_positions"][T:])
 
 
 def tokens_of(positions, documents, prefix):

@@ -280,6 +280,8 @@ SLICES = "pipeline.schedule={kind: gpipe, slices: 2}"
         (("model.dropout.attention=0.1", *SHARED), "with mesh.fsdp=2: no device has a whole row"),
         ((SLICES, "mesh.pipe=2", "accumulate=2", "mesh.context=2"), "mesh axis context cuts rows too"),
         ((SLICES, "mesh.pipe=2", "accumulate=2", *SHARED), "mesh axis fsdp cuts rows too"),
+        ((SLICES, "mesh.pipe=2", "accumulate=2", "model.position=rope_2d"), "depend on how long a whole prefix is"),
+        (("mesh.pipe=2", "accumulate=2", "model.query_layer={}"), "mesh.pipe=2 with model.query_layer"),
         (("model.block.attention={num_heads: 6, head_dim: 8}", "context=ulysses", "mesh.context=4"),
          "num_heads=6 does not divide over mesh axes context of 4 devices"),
         (("model.block.attention={num_heads: 6, head_dim: 8}", "context=ulysses", "mesh={tensor: 2, context: 2}"),

@@ -1,6 +1,7 @@
 """Attention: projections, rotation, masks, and the reference softmax that every kernel is tested against."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ class Tokens(NamedTuple):
     position: Int[Array, "#B T"]  # place in its document
     document: Int[Array, "#B T"]  # 0 is padding
     prefix: Bool[Array, "#B T"]  # belongs to a bidirectional prefix
+    two: tuple[Int[Array, "#B T"], Int[Array, "#B T"]] | None = None  # places in the prompt and after it (`rope_2d`)
 
     def queries(self) -> Coords:
         return Coords(self.index[:, :, None], self.document[:, :, None], self.prefix[:, :, None])
@@ -145,6 +147,10 @@ class Attention(nnx.Module):
         Args:
           whole: what distance adds to logits, as far as all layers share it.
         """
+        if self.cfg.log_scale:
+            nth_BT = jnp.maximum(q.position + 1, self.cfg.log_scale).astype(jnp.float32)
+            grown_BT11 = (jnp.log(nth_BT) / math.log(self.cfg.log_scale))[..., None, None]
+            q_BTNH = (q_BTNH * grown_BT11).astype(q_BTNH.dtype)
         by_distance = self.relative or whole
         if by_distance is None:
             o_BTNH = self.mixing.over_mesh(q_BTNH, kv, q, k, dropout, key)

@@ -34,6 +34,7 @@ class Layer(NamedTuple):
     length_BT: Int[Array, "B T"] | None = None  # of the tokens' documents, where a rotation depends on it
     relative: Relative | None = None  # what distance adds to logits, as far as all layers share it
     memory: Memory | None = None  # for layers that attend to an encoder's output, too
+    queries_BTD: Float[Array, "B T D"] | None = None  # what queries are projections of; None: of the layer's input
 
 
 # What attention reads and writes: (projected keys and values) -> (all keys and values to look at, where they stand).
@@ -73,7 +74,8 @@ class Block(nnx.Module):
 
         def attention(h_BTD):
             h_BTD = constrain(h_BTD, "batch", "seq", "embed")
-            q_BTNH, new = self.attention.project(h_BTD, layer.rotations)
+            new = self.attention.keys_values(h_BTD, layer.rotations)
+            q_BTNH = self.attention.queries(h_BTD if layer.queries_BTD is None else layer.queries_BTD, layer.rotations)
             kv, k_tokens = remember(new)
             if self.attention.turns_late:
                 turns = None if k_tokens is layer.tokens else layer.length_BT

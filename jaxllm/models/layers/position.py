@@ -36,6 +36,20 @@ def rotation(
     return Rotation(by * jnp.sin(angle_BTR), by * jnp.cos(angle_BTR), growth_BTR)
 
 
+def rotation_2d(
+    cfg: config.RoPE2D, place_BT: Int[Array, "B T"], block_BT: Int[Array, "B T"], rotary_dim: int
+) -> Rotation:
+    """Angles of the first half of a head, then of the second.
+
+    Args:
+      place_BT: place in the prompt; of what follows, that of the prompt's last token.
+      block_BT: place in what follows the prompt, from 1; 0 in it.
+    """
+    freq_R = cfg.theta ** -(jnp.arange(0, rotary_dim // 2, 2, dtype=jnp.float32) / (rotary_dim // 2))
+    angle_BTR = jnp.concatenate([x[..., None].astype(jnp.float32) * freq_R for x in (place_BT, block_BT)], -1)
+    return Rotation(jnp.sin(angle_BTR), jnp.cos(angle_BTR))
+
+
 def frequencies(cfg: config.RoPE, length_BT: Int[Array, "B T"] | None, rotary_dim: int) -> Float[Array, "*BT R"]:
     """theta^(-2i / rotary_dim) (Su et al. 2021, arXiv:2104.09864, equation 15), as `cfg.scaling` changes it."""
     power_R = jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim
@@ -48,6 +62,8 @@ def frequencies(cfg: config.RoPE, length_BT: Int[Array, "B T"] | None, rotary_di
             return (cfg.theta * scaling.factor**stretch) ** -power_R
         case "dynamic_ntk":
             longer_BT1 = jnp.maximum(length_BT, scaling.original)[..., None] / scaling.original
+            if scaling.doubling:
+                longer_BT1 = 2.0 ** jnp.sum(longer_BT1 > 2.0 ** jnp.arange(24), -1, keepdims=True)
             return (cfg.theta * (scaling.factor * longer_BT1 - (scaling.factor - 1)) ** stretch) ** -power_R
         case "yarn":
             # The dimension whose frequency turns so many times within `original`.
@@ -79,7 +95,7 @@ def document_lengths(pos_BT: Int[Array, "B T"], document_BT: Int[Array, "B T"]) 
 
 
 def rotate(
-    cfg: config.RoPE, x_BTNH: Float[Array, "B T N H"], by: Rotation, *, keys: bool = False
+    cfg: config.RoPE | config.RoPE2D, x_BTNH: Float[Array, "B T N H"], by: Rotation, *, keys: bool = False
 ) -> Float[Array, "B T N H"]:
     """The first 2R elements of each head rotated pair by pair in float32; the rest as they were."""
     if by.growth_BTR is not None:
@@ -87,19 +103,24 @@ def rotate(
     rotary_dim = 2 * by.sin_BTR.shape[-1]
     x, rest = x_BTNH[..., :rotary_dim], x_BTNH[..., rotary_dim:]
     place = placement()
+    if cfg.kind == "rope_2d":  # each half of a head has halves: first those that stand first
+        quarters = (*x.shape[:-1], 2, 2, rotary_dim // 4)
+        x = x.reshape(quarters).swapaxes(-3, -2).reshape(x.shape)
     turn = _rotate_by_product if place is not None and place.platform == "tpu" else _rotate_by_halves
     y = turn(cfg, x, by.sin_BTR[:, :, None], by.cos_BTR[:, :, None]).astype(x_BTNH.dtype)
+    if cfg.kind == "rope_2d":
+        y = y.reshape(quarters).swapaxes(-3, -2).reshape(x.shape)
     return jnp.concatenate([y, rest], -1) if rest.shape[-1] else y
 
 
-def _rotate_by_halves(cfg: config.RoPE, x: Array, sin: Array, cos: Array) -> Array:
+def _rotate_by_halves(cfg: config.RoPE | config.RoPE2D, x: Array, sin: Array, cos: Array) -> Array:
     x = x.astype(jnp.float32)
     a, b = (x[..., ::2], x[..., 1::2]) if cfg.interleaved else jnp.split(x, 2, axis=-1)
     pair = (a * cos - b * sin, b * cos + a * sin)
     return jnp.stack(pair, -1).reshape(x.shape) if cfg.interleaved else jnp.concatenate(pair, -1)
 
 
-def _rotate_by_product(cfg: config.RoPE, x: Array, sin: Array, cos: Array) -> Array:
+def _rotate_by_product(cfg: config.RoPE | config.RoPE2D, x: Array, sin: Array, cos: Array) -> Array:
     """The same on a TPU, where half of a vector register cannot be addressed but a product is nearly free.
 
     x cos + (x P) sin, where P brings to each element its partner, with the sign of its sine: a matrix of one +-1 a
