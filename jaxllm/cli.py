@@ -50,9 +50,24 @@ def _config_verb(verb: str, argv: list[str]) -> None:
 
 
 def _generate(verb: str, argv: list[str]) -> None:
+    _speak(verb, argv, {"prompt": "prompt=[TEXT]; more than once for a batch"}, {})
+
+
+def _chat(verb: str, argv: list[str]) -> None:
+    turns = "turns=[TEXT]; more than once for several turns; none: a conversation in the terminal"
+    template = "template=T: a .jinja file, the name of one in configs/chat or of one of the model's"
+    _speak(
+        verb, argv, {"prompt": turns, "system": "system=TEXT: what the conversation opens with"}, {"template": template}
+    )
+
+
+def _speak(verb: str, argv: list[str], texts: dict[str, str], names: dict[str, str]) -> None:
     parser = _parser(verb, "CONFIG", "a YAML file, or a model: a run, a checkpoint, a Hugging Face folder, a GGUF file")
     parser.add_argument("--fields", action="store_true", help="list every field of the config and stop")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="prompt=[TEXT]; more than once for a batch")
+    for name, doc in texts.items():
+        parser.add_argument(f"--{name}", action="append", metavar="TEXT", help=doc)
+    for name, doc in names.items():
+        parser.add_argument(f"--{name}", metavar=name[0].upper(), help=doc)
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="max_new_tokens=N")
     parser.add_argument(
         "--temperature", type=float, metavar="T", help="sampling.temperature=T; 0: sampling.kind=greedy"
@@ -60,11 +75,17 @@ def _generate(verb: str, argv: list[str]) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="sampling.top_k=K")
     parser.add_argument("--top-p", type=float, metavar="P", help="sampling.top_p=P")
     parser.add_argument("--seed", type=int, metavar="N", help="seed=N")
-    prompts, argv = _take("--prompt", argv)
+    taken = {}
+    for name in texts:
+        taken[name], argv = _take(f"--{name}", argv)
     args = parser.parse_intermixed_args(argv)
-    args.prompt = [*prompts, *(args.prompt or [])] or None
     given = {name: value for name, value in vars(args).items() if value is not None}
-    overrides = {name: given[name] for name in ("prompt", "max_new_tokens", "seed") if name in given}
+    given |= {name: [*said, *given.get(name, ())] for name, said in taken.items() if said or name in given}
+    overrides = {name: given[name] for name in (*names, "max_new_tokens", "seed") if name in given}
+    if "prompt" in given:
+        overrides["turns" if verb == "chat" else "prompt"] = given["prompt"]
+    if "system" in given:
+        overrides["system"] = given["system"][-1]
     if sampling := {name: given[name] for name in ("temperature", "top_k", "top_p") if name in given}:
         if sampling.get("temperature") == 0:
             del sampling["temperature"]
@@ -208,6 +229,7 @@ VERBS = {
     "plan": (_plan, "proves and predicts a run on chips, or finds it", "jaxllm plan configs/train/125m_v5e8.yaml"),
     "train": (_config_verb, "shards to a model", "jaxllm train configs/train/quickstart.yaml steps=500"),
     "generate": (_generate, "a model continues prompts", "jaxllm generate runs/quickstart --prompt 'def '"),
+    "chat": (_chat, "a conversation with a model, in the terminal", "jaxllm chat SmolLM2-135M-Instruct.Q4_1.gguf"),
     "convert": (
         _convert,
         "folders, checkpoints, GGUF files into each other",

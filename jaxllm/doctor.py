@@ -17,7 +17,7 @@ from jaxllm.core.config import load
 from jaxllm.core.errors import UserError
 from jaxllm.core.metrics import Metrics
 from jaxllm.core.sinks import check_extras
-from jaxllm.inference.config import GenerateConfig
+from jaxllm.inference.config import ChatConfig, GenerateConfig
 
 CONSTRAINTS = Path(jaxllm.__file__).parents[1] / "constraints.txt"  # there in a checkout only
 MARKS = {"good": "ok", "note": "--", "missing": "!!"}
@@ -207,7 +207,7 @@ def fit(config: str, overrides: Sequence[str] = ()) -> Iterator[Finding]:
     yield Finding("good", "config", f"{config} is one for `jaxllm {verb}`")
     if verb == "prepare":
         return
-    if verb == "generate":
+    if verb in ("generate", "chat"):
         yield model_of(cfg)
         return
     yield from sinks_of(cfg.metrics)
@@ -247,8 +247,8 @@ def sinks_of(metrics: Metrics) -> Iterator[Finding]:
             yield Finding("missing", f"sink {sink.kind}", str(e).partition(";")[0], pip(f"jaxllm[{sink.kind}]"))
 
 
-def model_of(cfg: GenerateConfig) -> Finding:
-    """Whether there is a checkpoint where a generate config says."""
+def model_of(cfg: GenerateConfig | ChatConfig) -> Finding:
+    """Whether there is a checkpoint where a config of generate or chat says."""
     from jaxllm.pretrained import checkpoint_of
     from jaxllm.train.checkpoint import stored_model
 

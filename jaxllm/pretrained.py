@@ -1,6 +1,7 @@
 """A model from where it lies: a run or one of its checkpoints, a folder as Hugging Face has them, a GGUF file."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,11 @@ class Pretrained(NamedTuple):
     tokenizer: tokenizers.Tokenizer
     start: tuple[int, ...]  # ids that every text begins with
     ends: tuple[int, ...] = ()  # ids that end a completion, besides the tokenizer's own
-    chat_template: str | None = None  # jinja2
+    chat_templates: Mapping[str, str] = {}  # jinja2, by name
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.chat_templates.get("default")
 
 
 def load(path: str | Path, step: int | None = None, precision: str | None = None) -> Pretrained:
@@ -53,7 +58,11 @@ def load(path: str | Path, step: int | None = None, precision: str | None = None
     params = {name: weights.params.pop(name).astype(precision or trained) for name in list(weights.params)}
     tokenizer = tokenizers.load(weights.folder / "tokenizer")
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id  # as documents begin in training
-    return Pretrained(merge(abstract(weights.model_cfg)[0], params), tokenizer, () if first is None else (first,))
+    start = () if first is None else (first,)
+    model, beside = merge(abstract(weights.model_cfg)[0], params), _files(weights.folder / "tokenizer")
+    if not (source := _files(weights.folder / "source")):  # else it came from a folder of Hugging Face
+        return Pretrained(model, tokenizer, start, (), chat_templates(beside))
+    return Pretrained(model, tokenizer, start, end_ids(source), chat_templates(source))
 
 
 def checkpoint_of(folder: Path, step: int | None) -> Path:
@@ -72,14 +81,39 @@ def _hugging_face(folder: Path, precision: str | None) -> Pretrained:
     read = hugging_face.open_folder(folder)
     dtype = np.dtype(precision) if precision else commonest(entry.dtype for entry in read.tensors.values())
     tokenizer, start = tokenizer_of_folder(folder)
-    said = {**read.source.config, **_json(read.source.files.get("generation_config.json"))}
+    more = _files(folder / "additional_chat_templates")
+    files = read.source.files | {f"additional_chat_templates/{name}": data for name, data in more.items()}
+    return Pretrained(_model(read.cfg, read.weights, dtype), tokenizer, start, end_ids(files), chat_templates(files))
+
+
+def end_ids(files: Mapping[str, bytes]) -> tuple[int, ...]:
+    """Ids that end what a model says, by the files of its folder: generation_config.json, or else config.json."""
+    said = _json(files.get("config.json")) | _json(files.get("generation_config.json"))
     ends = said.get("eos_token_id")
-    ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
-    template = read.source.files.get("chat_template.jinja")
-    template = (
-        template.decode() if template else _json(read.source.files.get("tokenizer_config.json")).get("chat_template")
-    )
-    return Pretrained(_model(read.cfg, read.weights, dtype), tokenizer, start, ends, template)
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+
+def chat_templates(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Chat templates by name, `default` the model's own, out of the files of a folder.
+
+    They are `chat_template.jinja` and files in `additional_chat_templates/`, or else `chat_template` of
+    tokenizer_config.json: a text, or several with names.
+    """
+    said = _json(files.get("tokenizer_config.json")).get("chat_template")
+    if isinstance(said, list):
+        said = {one.get("name"): one.get("template") for one in said if isinstance(one, dict)}
+    named = said if isinstance(said, dict) else {"default": said}
+    found = {str(name): text for name, text in named.items() if isinstance(text, str)}
+    for name, data in files.items():
+        if name == "chat_template.jinja":
+            found["default"] = data.decode(errors="replace")
+        elif name.startswith("additional_chat_templates/") and name.endswith(".jinja"):
+            found[Path(name).stem] = data.decode(errors="replace")
+    return found
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} if folder.is_dir() else {}
 
 
 def tokenizer_of_folder(folder: Path) -> tuple[tokenizers.Tokenizer, tuple[int, ...]]:
@@ -96,8 +130,10 @@ def tokenizer_of_folder(folder: Path) -> tuple[tokenizers.Tokenizer, tuple[int, 
 def _gguf(path: Path, precision: str | None) -> Pretrained:
     _, cfg, weights, file = llamacpp.open_model(path)
     tokenizer, start = llamacpp.tokenizer(file)
-    template = file.metadata.get("tokenizer.chat_template")
-    return Pretrained(_model(cfg, weights, np.dtype(precision or "float32")), tokenizer, start, (), template)
+    prefix = "tokenizer.chat_template"
+    templates = {k.removeprefix(prefix).lstrip("."): v for k, v in file.metadata.items() if k.startswith(prefix)}
+    templates = {name or "default": text for name, text in templates.items() if isinstance(text, str)}
+    return Pretrained(_model(cfg, weights, np.dtype(precision or "float32")), tokenizer, start, (), templates)
 
 
 def _model(cfg: DecoderConfig, weights: Weights, dtype: np.dtype) -> Decoder:

@@ -1,10 +1,11 @@
 """The verbs as functions: what `jaxllm VERB CONFIG a.b=value` does, from a script or a notebook.
 
-    from jaxllm.verbs import generate, prepare, train
+    from jaxllm.verbs import chat, generate, prepare, train
 
     prepare("configs/data/quickstart.yaml")
     train("configs/train/quickstart.yaml", "steps=500")
     generate("runs/quickstart", 'prompt=["def "]')
+    chat("SmolLM2-135M-Instruct", 'turns=["Name three rivers."]')
 
 Each takes a YAML file or a config object, and overrides; what is wrong with them is raised before JAX is loaded.
 """
@@ -17,10 +18,13 @@ from jaxllm.core.errors import ConfigError
 
 if TYPE_CHECKING:  # these import JAX
     import jaxllm.data.manifest
+    import jaxllm.inference.chat
     import jaxllm.inference.generate
     import jaxllm.train.loop
 
-SIGNS = {"prepare": "tasks", "generate": "prompt", "train": "optimizer"}  # a required field that only this verb has
+SIGNS = {  # fields that only this verb has
+    "prepare": ("tasks",), "generate": ("prompt",), "train": ("optimizer",), "chat": ("turns", "system", "template"),
+}  # fmt: skip
 
 
 def prepare(config: str | Path | Config, *overrides: str) -> "jaxllm.data.manifest.Prepared":
@@ -49,12 +53,16 @@ def plan(config: str | Path | Config, *overrides: str, file: Path | None = None,
 
 def generate(config: str | Path | Config, *overrides: str) -> "list[jaxllm.inference.generate.Completion]":
     """Completions of prompts, printed too; `config` is a GenerateConfig, or a model: a run, a folder, a GGUF file."""
-    wanted = schema("generate")
-    if not isinstance(config, Config) and (Path(config).is_dir() or Path(config).suffix == ".gguf"):
-        cfg = parse(wanted, {"model": str(config)}, overrides, name=f"generate {config}")
-    else:
-        cfg = resolve(wanted, config, overrides)
+    cfg = _of_model(schema("generate"), config, overrides)
     from jaxllm.generate import run
+
+    return run(cfg)
+
+
+def chat(config: str | Path | Config, *overrides: str) -> "jaxllm.inference.chat.Conversation":
+    """The conversation, once it has ended; `config` is a ChatConfig, or a model: a run, a folder, a GGUF file."""
+    cfg = _of_model(schema("chat"), config, overrides)
+    from jaxllm.chat import run
 
     return run(cfg)
 
@@ -75,7 +83,17 @@ def schema(verb: str) -> type[Config]:
             from jaxllm.train.config import RunConfig as wanted
         case "generate":
             from jaxllm.inference.config import GenerateConfig as wanted
+        case "chat":
+            from jaxllm.inference.config import ChatConfig as wanted
     return wanted
+
+
+def _of_model(wanted: type[C], config: str | Path | Config, overrides: tuple[str, ...]) -> C:
+    """`resolve`, where the path of a model stands for a config that names it."""
+    if not isinstance(config, Config) and (Path(config).is_dir() or Path(config).suffix == ".gguf"):
+        verb = next(verb for verb in SIGNS if schema(verb) is wanted)
+        return parse(wanted, {"model": str(config)}, overrides, name=f"{verb} {config}")
+    return resolve(wanted, config, overrides)
 
 
 def resolve(wanted: type[C], config: str | Path | Config, overrides: tuple[str, ...] = ()) -> C:
@@ -109,4 +127,4 @@ def verb_of(path: str | Path) -> str:
 def signs(path: str | Path) -> list[str]:
     """The verbs that have a field of their own in a config file."""
     tree = read_tree(Path(path))
-    return [verb for verb, field in SIGNS.items() if field in tree]
+    return [verb for verb, fields in SIGNS.items() if any(field in tree for field in fields)]

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "pallas_kernels": set(),
 }
 TOP = {
+    "chat",
     "cli",
     "verbs",
     "generate",

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from jaxllm import cli, doctor, verbs
 from jaxllm.core.config import dump, load, parse
 from jaxllm.core.errors import ConfigError
-from jaxllm.inference.config import Beam, GenerateConfig, Greedy, Sample
+from jaxllm.inference.config import Beam, ChatConfig, GenerateConfig, Greedy, Sample
 from jaxllm.train.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ def jaxllm(*argv: str) -> subprocess.CompletedProcess:
 def asked(monkeypatch) -> list:
     """What a verb would have been called with, as (config, overrides)."""
     calls = []
-    for verb in ("prepare", "train", "generate"):
+    for verb in ("prepare", "train", "generate", "chat"):
         monkeypatch.setattr(verbs, verb, lambda config, *overrides: calls.append((config, overrides)))
     return calls
 
@@ -136,6 +136,18 @@ def test_flags_of_generate_are_short_for_overrides(asked, tmp_path, flags, sampl
     assert cfg == GenerateConfig(model="runs/x", prompt=('é\n: "x"',), sampling=sampling, seed=3, max_new_tokens=5)
 
 
+def test_flags_of_chat_are_short_for_overrides(asked):
+    given = ["--prompt", "-a", "--system=--be brief", "--template", "chatml", "--temperature", "0", "--seed", "3"]
+    cli.main(["chat", "m.gguf", *given, "--prompt", "b", "--max-new-tokens", "5", "step=2"])
+    ((config, overrides),) = asked
+    wanted = {"turns": ("-a", "b"), "system": "--be brief", "template": "chatml", "sampling": Greedy()}
+    assert config == "m.gguf"
+    assert parse(ChatConfig, {"model": "x"}, overrides) == ChatConfig(
+        model="x", step=2, seed=3, max_new_tokens=5, **wanted
+    )
+    assert cli.main(["chat", "m.gguf"]) == 0 and asked[1:] == [("m.gguf", ())]
+
+
 ODD = ["", "-x", "--", "--prompt", "--seed 3", "a=b", "- a", "[b", "😀", "\x7f\x85\u2028\ufeff"]
 
 
@@ -176,6 +188,8 @@ def test_a_config_tells_which_verb_it_is_for(tmp_path):
         "train",
         "generate",
     ]
+    (tmp_path / "c.yaml").write_text("model: x\ntemplate: chatml\n")
+    assert verbs.verb_of(tmp_path / "c.yaml") == "chat"
 
 
 def test_a_config_of_another_verb_is_told_before_its_errors(capsys):

@@ -36,6 +36,23 @@ class Beam(Config):
 Sampling = union(Greedy, Sample, Beam)
 
 
+class ChatConfig(Config):
+    """`jaxllm chat`: a conversation with a model."""
+
+    version: int = Field(1, ge=1)  # of this config format
+    model: str  # a run or one of its checkpoints, a Hugging Face folder, a GGUF file
+    step: int | None = Field(None, ge=0)  # which checkpoint of a run; null: the newest
+    turns: tuple[str, ...] = ()  # what the user says; none: is asked for in the terminal
+    system: str | None = None  # the message that a conversation opens with; null: none, or the template's own
+    template: str | None = None  # a .jinja file, or the name of one in configs/chat; null: the model's own
+    max_new_tokens: int | None = Field(None, gt=0)  # longest answer; null: 512, or half the context if that is less
+    sampling: Sampling = Sample(temperature=0.8, top_p=0.95)  # how tokens are chosen
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # texts that end an answer and are not part of it
+    precision: Literal["float32", "bfloat16", "float16"] | None = None  # of weights and compute; null: as in training
+    seed: int = Field(0, ge=0)  # of the draws
+    compile_cache: bool = True  # keep compiled programs for the next start
+
+
 class GenerateConfig(Config):
     """`jaxllm generate`: completions of prompts."""
 

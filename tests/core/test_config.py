@@ -12,7 +12,7 @@ from jaxllm import verbs
 from jaxllm.core.config import Config, dump, fields, fingerprint, load, override, parse, read_tree, sweep, union
 from jaxllm.core.errors import ConfigError, UserError
 from jaxllm.data.config import PrepareConfig
-from jaxllm.inference.config import Beam, GenerateConfig
+from jaxllm.inference.config import Beam, ChatConfig, GenerateConfig
 from jaxllm.models.config import DecoderConfig
 from jaxllm.train.config import RunConfig
 
@@ -124,7 +124,7 @@ def test_a_file_that_cannot_be_read_is_named(tiny):
     assert complaint(load, RunConfig, "elsewhere/tiny.yaml") == "elsewhere/tiny.yaml: no such config file"
 
 
-@pytest.mark.parametrize("schema", [RunConfig, PrepareConfig, GenerateConfig])
+@pytest.mark.parametrize("schema", [RunConfig, PrepareConfig, GenerateConfig, ChatConfig])
 def test_a_config_of_a_future_version_asks_for_an_upgrade_and_nothing_else(schema):
     told = complaint(parse, schema, {"version": 99, "a_field_of_the_future": 1})
     assert told == "config: config version 99 is newer than version 1, the newest this jaxllm reads; upgrade jaxllm"
@@ -407,7 +407,7 @@ def test_a_fingerprint_depends_on_values_and_on_nothing_else():
 # --- what is there to set ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schema", [RunConfig, PrepareConfig, GenerateConfig])
+@pytest.mark.parametrize("schema", [RunConfig, PrepareConfig, GenerateConfig, ChatConfig])
 def test_every_field_of_every_schema_has_a_doc(schema):
     listed = list(fields(schema))
     assert len(listed) > 5
@@ -428,7 +428,7 @@ def test_every_listed_path_is_one_the_loader_knows(schema):
         assert path in told.replace(".0", "[]") or "`kind:` is missing" in told
 
 
-@pytest.mark.parametrize("schema", [RunConfig, PrepareConfig, GenerateConfig])
+@pytest.mark.parametrize("schema", [RunConfig, PrepareConfig, GenerateConfig, ChatConfig])
 def test_no_path_is_listed_twice(schema):
     paths = [field.path for field in fields(schema)]
     assert len(set(paths)) == len(paths)

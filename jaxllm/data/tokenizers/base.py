@@ -58,6 +58,22 @@ class Tokenizer:
         longest_first = sorted(spec.added, key=len, reverse=True)
         self._added_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if spec.added else None
 
+    @functools.cached_property
+    def apart(self) -> dict[str, int]:
+        """Tokens that stand apart from the model of text, by their text: special and added ones."""
+        return {token: i for token, i in (self.special | self.added).items() if token}
+
+    @functools.cached_property
+    def _apart_pattern(self) -> re.Pattern[str] | None:
+        longest_first = sorted(self.apart, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self.apart else None
+
+    def named(self) -> dict[str, str]:
+        """`bos_token`, `eos_token`, `pad_token`, as far as there are any: what chat templates are told."""
+        of = {i: token for token, i in self.special.items()}
+        ends = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        return {name: of[i] for name, i in ends.items() if i is not None}
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without begin or end of document."""
         return self.encode_batch([text])[0]
@@ -72,6 +88,18 @@ class Tokenizer:
             [i for n, part in enumerate(split) for i in ([self.added[part]] if n % 2 else next(plain))]
             for split in parts
         ]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of `text` by the model of text alone: added tokens are text too."""
+        return self._encode_batch([text])[0]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of `text` in which special tokens are spelled out, as chat templates write it."""
+        if self._apart_pattern is None:
+            return self.encode(text)
+        split = self._apart_pattern.split(text)  # plain, token, plain, ..., plain
+        plain = iter(self._encode_batch(split[::2]))
+        return [i for n, part in enumerate(split) for i in ([self.apart[part]] if n % 2 else next(plain))]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Text of `ids`. Special tokens and ids outside the vocabulary give nothing, broken UTF-8 gives U+FFFD."""

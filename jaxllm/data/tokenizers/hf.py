@@ -40,6 +40,28 @@ class HuggingFace(Tokenizer):
         size = max(vocab.values(), default=-1) + 1
         super().__init__(spec, data, size=size, special=special, bos=spec.bos, eos=spec.eos, pad=spec.pad)
 
+    @functools.cached_property
+    def apart(self) -> dict[str, int]:
+        return {token: i for i, token in self._contents.items()} | self.special
+
+    @functools.cached_property
+    def _marked(self) -> tokenizers.Tokenizer:
+        """The model that reads special tokens in text: one of its own, since threads may share this tokenizer."""
+        model = _parsed(self.data, self.file)
+        model.no_truncation()
+        model.no_padding()
+        return model
+
+    def encode_plain(self, text: str) -> list[int]:
+        if self._model.normalizer is not None:
+            text = self._model.normalizer.normalize_str(text)
+        split = self._model.pre_tokenizer
+        words = [text] if split is None else [word for word, _ in split.pre_tokenize_str(text)]
+        return [token.id for word in words for token in self._model.model.tokenize(word)]
+
+    def encode_marked(self, text: str) -> list[int]:
+        return self._marked.encode(text, add_special_tokens=False).ids
+
     def prefix(self) -> tuple[int, ...]:
         """Ids that the file puts before every text, such as BOS."""
         text = "a"
