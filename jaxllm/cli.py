@@ -119,6 +119,7 @@ def _convert(verb: str, argv: list[str]) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as they are)")
     parser.add_argument("--family", metavar="NAME", help="of a Hugging Face folder that is written: llama, gpt2, ...")
     args = parser.parse_args(argv)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed: accelerators are left to others
     from jaxllm import verbs
 
     print(verbs.convert(args.source, args.destination, dtype=args.dtype, family=args.family))
