@@ -5,7 +5,6 @@ folder holds besides weights travels with a checkpoint, as `source/`, so that a 
 """
 
 import functools
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,13 +16,15 @@ import numpy as np
 from jaxllm.core.errors import ConfigError, UserError
 from jaxllm.interop import folder as hugging_face
 from jaxllm.interop import llamacpp
-from jaxllm.interop.weights import Kept, commonest
+from jaxllm.interop.weights import commonest
 from jaxllm.models.config import DecoderConfig
 from jaxllm.pretrained import TOKENIZERS, tokenizer_of_folder
 from jaxllm.train.checkpoint import Checkpointer, Extra, Unread, open_params
 from jaxllm.train.config import Checkpoints
+from jaxllm.train.initial import SOURCE
 
-SOURCE, KEPT = "source", "weights.json"  # in a checkpoint: what came with the model; how its tensors were named
+TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                   "merges.txt")  # fmt: skip
 
 
 class Found(NamedTuple):
@@ -89,7 +90,19 @@ def open_model(path: Path) -> tuple[Found, bool]:
     has_one = (stored.folder / "tokenizer").is_dir()
     save = (lambda to: shutil.copytree(stored.folder / "tokenizer", to, dirs_exist_ok=True)) if has_one else None
     read = lambda name: stored.leaves[name].read()
-    return Found(stored.model_cfg, shapes, dtypes, read, read_source(stored.folder), save), True
+    return Found(stored.model_cfg, shapes, dtypes, read, _source(stored.folder), save), True
+
+
+def _source(checkpoint: Path) -> hugging_face.Source | None:
+    """What came with a model, its tokenizer replaced by that of the checkpoint if it was trained with another."""
+    source, ours = hugging_face.read_source(checkpoint / SOURCE), checkpoint / "tokenizer"
+    if source is None or not ours.is_dir():
+        return source
+    files = {p.name: p.read_bytes() for p in ours.iterdir()}
+    if any(files.get(name, b"") == source.files.get(name) for name in TOKENIZERS):
+        return source
+    others = {name: data for name, data in source.files.items() if name not in TOKENIZER_FILES}
+    return source._replace(files=others | files)
 
 
 def save_folder(found: Found, folder: Path, family: str | None) -> None:
@@ -110,24 +123,6 @@ def save_checkpoint(found: Found, run_folder: Path) -> None:
     if found.save_tokenizer is not None:
         files["tokenizer"] = found.save_tokenizer
     if found.source is not None:
-        files[SOURCE] = functools.partial(write_source, found.source)
+        files[SOURCE] = functools.partial(hugging_face.write_source, found.source)
     with Checkpointer(run_folder / "checkpoints", Checkpoints(), found.cfg, extra_files=files) as checkpoints:
         checkpoints.save(0, {"step": jax.numpy.int32(0), "params": params}, {})
-
-
-def write_source(source: hugging_face.Source, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    for name, data in source.files.items():
-        (folder / name).write_bytes(data)
-    (folder / KEPT).write_text(json.dumps({"family": source.family, **source.kept._asdict()}), encoding="utf-8")
-
-
-def read_source(checkpoint: Path) -> hugging_face.Source | None:
-    """What came with the model of a checkpoint; None for one that began here."""
-    folder = checkpoint / SOURCE
-    if not (folder / KEPT).is_file():
-        return None
-    said: dict[str, Any] = json.loads((folder / KEPT).read_text(encoding="utf-8"))
-    files = {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != KEPT}
-    kept = Kept(said["bare"], tuple(said["tied"]))
-    return hugging_face.Source(said["family"], json.loads(files["config.json"]), files, kept)

@@ -1,5 +1,6 @@
 """A model from where it lies: a run or one of its checkpoints, a folder as Hugging Face has them, a GGUF file."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +14,14 @@ from jaxllm.data import tokenizers
 from jaxllm.data.config import HfTokenizer, SentencePieceTokenizer
 from jaxllm.interop import folder as hugging_face
 from jaxllm.interop import llamacpp
+from jaxllm.interop.family import differences, resolved
 from jaxllm.interop.weights import Weights, commonest
 from jaxllm.interop.weights import load as load_weights
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.module import abstract, merge
 from jaxllm.train.checkpoint import load_params, steps
+from jaxllm.train.initial import Initial, of_checkpoint
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # files of a folder that a tokenizer is read from
 
@@ -54,6 +57,27 @@ def load(path: str | Path, step: int | None = None, precision: str | None = None
     tokenizer = tokenizers.load(weights.folder / "tokenizer")
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id  # as documents begin in training
     return Pretrained(merge(abstract(weights.model_cfg)[0], params), tokenizer, () if first is None else (first,))
+
+
+def initial(path: Path, wanted: DecoderConfig) -> Initial:
+    """The model at a path for a run of the model `wanted` to start from.
+
+    Raises:
+      CheckpointError: none lies there, or it is damaged.
+    """
+    if path.suffix == ".gguf":
+        _, cfg, weights, _ = llamacpp.open_model(path)
+        found = Initial(cfg, functools.partial(load_weights, weights), None)
+    elif (path / "config.json").is_file():
+        read = hugging_face.open_folder(path)
+        keep = functools.partial(hugging_face.write_source, read.source)
+        found = Initial(read.cfg, functools.partial(load_weights, read.weights), keep)
+    else:
+        found = of_checkpoint(path, wanted)
+    alike = wanted.model_copy(update={"vocab": found.cfg.vocab, "context": found.cfg.context})
+    # The same model may be described with fields left out or written down.
+    same = not differences(resolved(alike), resolved(found.cfg))
+    return found._replace(cfg=alike) if same else found
 
 
 def checkpoint_of(folder: Path, step: int | None) -> Path:

@@ -6,6 +6,7 @@
     arrays.json                     dtype and shape of every leaf
     meta.json                       format, step, held-out loss, model config, and what the loop adds as `meta`
     config.yaml, tokenizer/, ...    files the run puts beside them, so that the folder is all `generate` needs
+    source/                         of a model that began as another's: its config.json and what else came with it
     checksums.json                  size and SHA-256 of each file above
 
 It is written as `{step:08d}.saving` and renamed when complete, so a folder under its final name was whole once;
@@ -311,13 +312,12 @@ def steps(folder: Path) -> list[int]:
     return [int(path.name) for path in reversed(_checkpoints(folder))]
 
 
-def stored_model(folder: Path) -> DecoderConfig:
-    """The model config of the newest checkpoint, its weights unread. Raises CheckpointError if there is none."""
+def stored_model(folder: Path) -> tuple[DecoderConfig, Path]:
+    """The model config of the newest checkpoint, its weights unread, and its folder; CheckpointError without one."""
     for path in _checkpoints(folder):
         with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: the one before it will be used
-            return parse(
-                _Record, {"model": json.loads((path / "meta.json").read_bytes())["model"]}, name=str(path)
-            ).model
+            model = json.loads((path / "meta.json").read_bytes())["model"]
+            return parse(_Record, {"model": model}, name=str(path)).model, path
     raise CheckpointError(f"{folder}: no checkpoint here; expected a run folder, its checkpoints/, or one checkpoint")
 
 
