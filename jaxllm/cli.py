@@ -175,11 +175,14 @@ def _bench(verb: str, argv: list[str]) -> None:
     parser.add_argument("name", choices=bench.names(), help="what to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the object to FILE too")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds, ours and the peer's in turn (5)")
+    parser.add_argument(
+        "--model", metavar="PATH", help="of `decode`: a Hugging Face folder or GGUF file (random weights)"
+    )
     parser.add_argument("--peer", metavar="PEER", help="of `plan`: maxtext, whose programs are compiled beside ours")
     parser.add_argument("--peer-python", metavar="PYTHON", default="python3", help="the interpreter that has the peer")
     args = parser.parse_args(argv)
     peer = {} if args.peer is None else {"peer": args.peer, "python": args.peer_python}
-    bench.run(args.name, rounds=args.rounds, file=args.json, **peer)
+    bench.run(args.name, rounds=args.rounds, file=args.json, model=args.model, **peer)
 
 
 def _parser(verb: str, config: str, doc: str) -> argparse.ArgumentParser:

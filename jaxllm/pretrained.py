@@ -80,6 +80,17 @@ def initial(path: Path, wanted: DecoderConfig) -> Initial:
     return found._replace(cfg=alike) if same else found
 
 
+def load_model(path: str | Path, precision: str | None = None) -> Decoder:
+    """The model of a folder as Hugging Face has them, without a tokenizer, which the folder need not have.
+
+    Raises:
+      CheckpointError: as `load`.
+    """
+    read = hugging_face.open_folder(path)
+    dtype = np.dtype(precision) if precision else commonest(entry.dtype for entry in read.tensors.values())
+    return _model(read.cfg, read.weights, dtype)
+
+
 def checkpoint_of(folder: Path, step: int | None) -> Path:
     """The folder of a run's checkpoint of `step`; None: `folder` itself. Raises CheckpointError if there is none."""
     if step is None:
