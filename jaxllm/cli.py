@@ -145,6 +145,7 @@ def _convert(verb: str, argv: list[str]) -> None:
         "--family", metavar="NAME", help="of a Hugging Face folder or a GGUF file that is written: llama, gpt2, ..."
     )
     args = parser.parse_args(argv)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed: accelerators are left to others
     from jaxllm import verbs
 
     print(verbs.convert(args.source, args.destination, dtype=args.dtype, family=args.family))
@@ -200,11 +201,14 @@ def _bench(verb: str, argv: list[str]) -> None:
     parser.add_argument("name", choices=bench.names(), help="what to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the object to FILE too")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds, ours and the peer's in turn (5)")
+    parser.add_argument(
+        "--model", metavar="PATH", help="of `decode`: a Hugging Face folder or GGUF file (random weights)"
+    )
     parser.add_argument("--peer", metavar="PEER", help="of `plan`: maxtext, whose programs are compiled beside ours")
     parser.add_argument("--peer-python", metavar="PYTHON", default="python3", help="the interpreter that has the peer")
     args = parser.parse_args(argv)
     peer = {} if args.peer is None else {"peer": args.peer, "python": args.peer_python}
-    bench.run(args.name, rounds=args.rounds, file=args.json, **peer)
+    bench.run(args.name, rounds=args.rounds, file=args.json, model=args.model, **peer)
 
 
 def _models(verb: str, argv: list[str]) -> None:

@@ -5,7 +5,7 @@ the destination is named `*.gguf`, each of them becomes a GGUF file, and where a
 holds besides weights travels with a checkpoint, as `source/`, so that a model goes back as it came.
 """
 
-import json
+import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -20,16 +20,17 @@ from jaxllm.data import tokenizers
 from jaxllm.interop import folder as hugging_face
 from jaxllm.interop import llamacpp, vocabulary
 from jaxllm.interop.gguf import open_gguf
-from jaxllm.interop.weights import Kept, commonest
-from jaxllm.models import layout
+from jaxllm.interop.weights import commonest
 from jaxllm.models.config import DecoderConfig
 from jaxllm.pretrained import TOKENIZERS, tokenizer_of_folder
-from jaxllm.train.checkpoint import Checkpointer, load_params
+from jaxllm.train.checkpoint import Checkpointer, Extra, Unread, open_params
 from jaxllm.train.config import Checkpoints
+from jaxllm.train.initial import SOURCE
 
 BLOCKS = ("q8_0", "q4_0")  # dtypes that only GGUF files have
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what GGUF calls the others
-SOURCE, KEPT = "source", "weights.json"  # in a checkpoint: what came with the model; how its tensors were named
+TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                   "merges.txt")  # fmt: skip
 
 
 class Found(NamedTuple):
@@ -73,15 +74,14 @@ def run(source: str | Path, destination: str | Path, *, dtype: str | None = None
         found = found._replace(
             dtypes=dict.fromkeys(found.dtypes, to), read=lambda name, read=found.read: read(name).astype(to, copy=False)
         )
-    if is_checkpoint or family is not None:
-        wanted = hugging_face.BY_KIND[family] if family else None
-        hugging_face.save_folder(
-            destination, found.cfg, found.shapes, found.read, found.dtypes, family=wanted, source=found.source
-        )
-        if found.source is None and found.save_tokenizer is not None:
-            found.save_tokenizer(destination)
-    else:
-        save_checkpoint(found, destination)
+    try:
+        if is_checkpoint or family is not None:
+            save_folder(found, destination, family)
+        else:
+            save_checkpoint(found, destination)
+    except BaseException:
+        shutil.rmtree(destination, ignore_errors=True)  # nothing is left half written
+        raise
     return destination
 
 
@@ -101,13 +101,34 @@ def open_model(path: Path) -> tuple[Found, bool]:
         has_one = any((path / name).is_file() for name in TOKENIZERS)
         save = tokenizer_of_folder(path)[0].save if has_one else None
         return Found(read.cfg, read.weights.shapes, dtypes, read.weights.__getitem__, read.source, save), False
-    stored = load_params(path)
-    logical = layout.unstack(stored.params, stored.model_cfg)
-    shapes, dtypes = ({n: getattr(x, what) for n, x in logical.items()} for what in ("shape", "dtype"))
+    stored = open_params(path)
+    shapes, dtypes = ({n: getattr(x, what) for n, x in stored.leaves.items()} for what in ("shape", "dtype"))
     has_one = (stored.folder / "tokenizer").is_dir()
     save = (lambda to: shutil.copytree(stored.folder / "tokenizer", to, dirs_exist_ok=True)) if has_one else None
-    read = lambda name: np.asarray(logical[name])
-    return Found(stored.model_cfg, shapes, dtypes, read, read_source(stored.folder), save), True
+    read = lambda name: stored.leaves[name].read()
+    return Found(stored.model_cfg, shapes, dtypes, read, _source(stored.folder), save), True
+
+
+def _source(checkpoint: Path) -> hugging_face.Source | None:
+    """What came with a model, its tokenizer replaced by that of the checkpoint if it was trained with another."""
+    source, ours = hugging_face.read_source(checkpoint / SOURCE), checkpoint / "tokenizer"
+    if source is None or not ours.is_dir():
+        return source
+    files = {p.name: p.read_bytes() for p in ours.iterdir()}
+    if any(files.get(name, b"") == source.files.get(name) for name in TOKENIZERS):
+        return source
+    others = {name: data for name, data in source.files.items() if name not in TOKENIZER_FILES}
+    return source._replace(files=others | files)
+
+
+def save_folder(found: Found, folder: Path, family: str | None) -> None:
+    """A folder as Hugging Face has them."""
+    wanted = hugging_face.BY_KIND[family] if family else None
+    hugging_face.save_folder(
+        folder, found.cfg, found.shapes, found.read, found.dtypes, family=wanted, source=found.source
+    )
+    if found.source is None and found.save_tokenizer is not None:
+        found.save_tokenizer(folder)
 
 
 def save_gguf(found: Found, source: Path, path: Path, dtype: str | None, family: str | None) -> None:
@@ -148,42 +169,13 @@ def chat_templates(source: hugging_face.Source | None) -> dict[str, str]:
 
 
 def save_checkpoint(found: Found, run_folder: Path) -> None:
-    """A run whose one checkpoint, of step 0, holds the model."""
-    leaves = dict.fromkeys(layout.stacked_name(name, found.cfg) for name in found.shapes)
-    names = {key: layout.logical_names(key, found.cfg) for key in leaves}
-    params = {
-        key: jax.numpy.asarray(
-            np.stack([found.read(n) for n in parts]) if layout.is_stacked(key) else found.read(parts[0])
-        )
-        for key, parts in names.items()
-    }
+    """A run whose one checkpoint, of step 0, holds the model; its weights go through memory a few at a time."""
+    params = {n: Unread(found.dtypes[n], shape, functools.partial(found.read, n)) for n, shape in found.shapes.items()}
     kind = commonest(found.dtypes.values()).name
-    files: dict[str, Path | str] = {"config.yaml": f"precision: {{kind: {kind}}}\n"}
-    beside = run_folder / "files"
-    run_folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Extra] = {"config.yaml": f"precision: {{kind: {kind}}}\n"}
     if found.save_tokenizer is not None:
-        found.save_tokenizer(beside / "tokenizer")
-        files["tokenizer"] = beside / "tokenizer"
+        files["tokenizer"] = found.save_tokenizer
     if found.source is not None:
-        write_source(found.source, beside / SOURCE)
-        files[SOURCE] = beside / SOURCE
+        files[SOURCE] = functools.partial(hugging_face.write_source, found.source)
     with Checkpointer(run_folder / "checkpoints", Checkpoints(), found.cfg, extra_files=files) as checkpoints:
         checkpoints.save(0, {"step": jax.numpy.int32(0), "params": params}, {})
-
-
-def write_source(source: hugging_face.Source, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    for name, data in source.files.items():
-        (folder / name).write_bytes(data)
-    (folder / KEPT).write_text(json.dumps({"family": source.family, **source.kept._asdict()}), encoding="utf-8")
-
-
-def read_source(checkpoint: Path) -> hugging_face.Source | None:
-    """What came with the model of a checkpoint; None for one that began here."""
-    folder = checkpoint / SOURCE
-    if not (folder / KEPT).is_file():
-        return None
-    said: dict[str, Any] = json.loads((folder / KEPT).read_text(encoding="utf-8"))
-    files = {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != KEPT}
-    kept = Kept(said["bare"], tuple(said["tied"]))
-    return hugging_face.Source(said["family"], json.loads(files["config.json"]), files, kept)

@@ -1,5 +1,6 @@
 """A model from where it lies: a run or one of its checkpoints, a folder as Hugging Face has them, a GGUF file."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +15,14 @@ from jaxllm.data import tokenizers
 from jaxllm.data.config import HfTokenizer, SentencePieceTokenizer
 from jaxllm.interop import folder as hugging_face
 from jaxllm.interop import llamacpp
+from jaxllm.interop.family import differences, resolved
 from jaxllm.interop.weights import Weights, commonest
 from jaxllm.interop.weights import load as load_weights
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.module import abstract, merge
 from jaxllm.train.checkpoint import load_params, steps
+from jaxllm.train.initial import Initial, of_checkpoint
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # files of a folder that a tokenizer is read from
 
@@ -63,6 +66,38 @@ def load(path: str | Path, step: int | None = None, precision: str | None = None
     if not (source := _files(weights.folder / "source")):  # else it came from a folder of Hugging Face
         return Pretrained(model, tokenizer, start, (), chat_templates(beside))
     return Pretrained(model, tokenizer, start, end_ids(source), chat_templates(source))
+
+
+def initial(path: Path, wanted: DecoderConfig) -> Initial:
+    """The model at a path for a run of the model `wanted` to start from.
+
+    Raises:
+      CheckpointError: none lies there, or it is damaged.
+    """
+    if path.suffix == ".gguf":
+        _, cfg, weights, _ = llamacpp.open_model(path)
+        found = Initial(cfg, functools.partial(load_weights, weights), None)
+    elif (path / "config.json").is_file():
+        read = hugging_face.open_folder(path)
+        keep = functools.partial(hugging_face.write_source, read.source)
+        found = Initial(read.cfg, functools.partial(load_weights, read.weights), keep)
+    else:
+        found = of_checkpoint(path, wanted)
+    alike = wanted.model_copy(update={"vocab": found.cfg.vocab, "context": found.cfg.context})
+    # The same model may be described with fields left out or written down.
+    same = not differences(resolved(alike), resolved(found.cfg))
+    return found._replace(cfg=alike) if same else found
+
+
+def load_model(path: str | Path, precision: str | None = None) -> Decoder:
+    """The model of a folder as Hugging Face has them, without a tokenizer, which the folder need not have.
+
+    Raises:
+      CheckpointError: as `load`.
+    """
+    read = hugging_face.open_folder(path)
+    dtype = np.dtype(precision) if precision else commonest(entry.dtype for entry in read.tensors.values())
+    return _model(read.cfg, read.weights, dtype)
 
 
 def checkpoint_of(folder: Path, step: int | None) -> Path:

@@ -38,9 +38,10 @@ def prepare(config: str | Path | Config, *overrides: str) -> "jaxllm.data.manife
 def train(config: str | Path | Config, *overrides: str) -> "jaxllm.train.loop.Result":
     """How training a model ended, begun anew or gone on with where it was stopped; `config` is a RunConfig."""
     cfg = resolve(schema("train"), config, overrides)
+    from jaxllm.pretrained import initial
     from jaxllm.train.loop import train
 
-    return train(cfg)
+    return train(cfg, initial)
 
 
 def plan(config: str | Path | Config, *overrides: str, file: Path | None = None, **asked: Any) -> dict[str, Any]:

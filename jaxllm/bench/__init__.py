@@ -6,6 +6,7 @@ peer is and the versions of its packages. Every number in the README comes from 
 
 import datetime
 import importlib
+import inspect
 import json
 import pkgutil
 import statistics
@@ -22,10 +23,11 @@ def names() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(__path__)]
 
 
-def run(name: str, rounds: int = 5, file: Path | None = None, **peer: str) -> dict[str, Any]:
+def run(name: str, rounds: int = 5, file: Path | None = None, model: str | None = None, **peer: str) -> dict[str, Any]:
     """Prints, and writes to `file`, one object: name, ours, peer, ratio (> 1: ours is better), raw times, versions.
 
     Args:
+      model: what to measure with, of measurements that can be given one.
       peer: another peer than the measurement's own, as its `beside` takes it.
 
     Raises:
@@ -34,11 +36,14 @@ def run(name: str, rounds: int = 5, file: Path | None = None, **peer: str) -> di
     module = importlib.import_module(f"{__name__}.{name}")
     if peer and not hasattr(module, "beside"):
         raise UserError(f"bench {name}: --peer is for `jaxllm bench plan`; {name} has one peer, and brings it along")
+    if model is not None and "model" not in inspect.signature(module.measure).parameters:
+        raise UserError(f"bench {name}: --model is for `jaxllm bench decode`; {name} measures what it makes itself")
     if rounds < 1:
         raise UserError(f"bench {name}: --rounds must be at least 1, got {rounds}")
     if file is not None:
         check_writable(file)
-    measured = module.beside(**peer) if peer else module.measure(rounds)
+    given = {} if model is None else {"model": model}
+    measured = module.beside(**peer) if peer else module.measure(rounds, **given)
     result = {
         "name": name,
         **measured,

@@ -20,6 +20,8 @@ from jaxllm.models.config import DecoderConfig
 FAMILIES = (*decoders.FAMILIES, *remote.FAMILIES)
 BY_KIND = {kind: family for family in FAMILIES for kind in (family.kind, *family.also)}
 
+_KEPT = "weights.json"  # among the files of a source: how its tensors were named
+
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Copied as they are; weights are written anew.
@@ -158,6 +160,25 @@ def save_folder(
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return [*written, *(folder / n for n in files)]
+
+
+def write_source(source: Source, folder: Path) -> None:
+    """Keeps what came with a model in a folder of its own."""
+    folder.mkdir(parents=True)
+    for name, data in source.files.items():
+        (folder / name).write_bytes(data)
+    kept = json.dumps({"family": source.family, **source.kept._asdict()})
+    (folder / _KEPT).write_text(kept, encoding="utf-8")
+
+
+def read_source(folder: Path) -> Source | None:
+    """What `write_source` has kept; None where there is nothing."""
+    if not (folder / _KEPT).is_file():
+        return None
+    said: dict[str, Any] = json.loads((folder / _KEPT).read_text(encoding="utf-8"))
+    files = {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != _KEPT}
+    kept = Kept(said["bare"], tuple(said["tied"]))
+    return Source(said["family"], json.loads(files["config.json"]), files, kept)
 
 
 def fitting(cfg: DecoderConfig) -> Family:

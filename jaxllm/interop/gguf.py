@@ -23,6 +23,7 @@ from numpy.typing import DTypeLike
 from jaxllm.core.errors import CheckpointError
 from jaxllm.data.manifest import publish
 from jaxllm.interop import ggml
+from jaxllm.interop.safetensors import let_go
 
 _MAGIC = b"GGUF"
 _ALIGNMENT = 32  # unless `general.alignment` says another
@@ -85,6 +86,8 @@ class GGUF(Mapping[str, Entry]):
         if name not in self:
             near = ", ".join(difflib.get_close_matches(name, self, 3, 0))
             raise CheckpointError(f"{self.path}: no tensor {name!r} among its {len(self)}; nearest: {near}")
+        for pages in self._maps.values():
+            let_go(pages)
         entry = self[name]
         return np.frombuffer(self._maps[entry.file], np.uint8, entry.size, entry.offset)
 

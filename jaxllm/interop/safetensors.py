@@ -78,7 +78,7 @@ class Tensors(Mapping[str, Entry]):
         self.metadata: dict[str, str] = next(iter(headers.values())).metadata
         self._entries = {name: entry for header in headers.values() for name, entry in header.entries.items()}
         self._stamps = {file: header.stamp for file, header in headers.items()}
-        self._maps: dict[Path, np.ndarray] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -100,7 +100,9 @@ class Tensors(Mapping[str, Entry]):
         self._maps.clear()
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor as a read-only view of its file: the disk is read where the array is.
+        """The tensor as a read-only view of its file: the disk is read where the array is looked at.
+
+        Pages that earlier ones were looked at in no longer count as memory of this process; they come back if need be.
 
         Raises:
           KeyError: no tensor has that name.
@@ -111,16 +113,24 @@ class Tensors(Mapping[str, Entry]):
             raise CheckpointError(
                 f"{entry.file}: {name!r} is {code}: {_BITS[code]} bits a value cannot be viewed as bytes"
             )
+        for pages in self._maps.values():
+            let_go(pages)
         if entry.file not in self._maps:
             self._maps[entry.file] = self._map(entry.file)
-        data = self._maps[entry.file][entry.offset : entry.offset + entry.size]
+        data = np.frombuffer(self._maps[entry.file], np.uint8, entry.size, entry.offset)
         return data.view(entry.dtype).reshape(entry.shape)
 
-    def _map(self, file: Path) -> np.ndarray:
+    def _map(self, file: Path) -> mmap.mmap:
         with _about(file), file.open("rb") as f:
             if _stamp(f.fileno()) != self._stamps[file]:
                 raise ValueError("was changed after its header was read; open it again")
-            return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def let_go(pages: mmap.mmap) -> None:
+    """Takes the pages of a mapped file out of this process's memory: one that is read again is mapped again."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        pages.madvise(mmap.MADV_DONTNEED)
 
 
 def open_tensors(path: str | Path) -> Tensors:

@@ -1,11 +1,14 @@
 """Weights of a model by our logical names, out of tensors with the names of its family, and back; one at a time."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from jaxllm.core.errors import CheckpointError
 from jaxllm.interop.family import Family
@@ -99,16 +102,42 @@ class Weights(Mapping[str, np.ndarray]):
         return len(self.shapes)
 
 
-def load(weights: Weights, cfg: DecoderConfig, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
-    """The arrays of a run of `cfg`, each put where and in the type that `like` says, one layer after the other."""
+def load(
+    weights: Weights, cfg: DecoderConfig, like: Mapping[str, jax.ShapeDtypeStruct], places: layout.Places | None = None
+) -> Params:
+    """The arrays of a run of `cfg`, each put where and in the type that `like` says.
+
+    One layer after the other goes from the file into the shards that stay: memory holds no weight twice.
+
+    Args:
+      places: of layers in the stacks of `like`.
+    """
     params = {}
     for key, leaf in like.items():
         names = layout.logical_names(key, cfg)
-        stacked = layout.is_stacked(key)
-        at = layout.layer_sharding(leaf.sharding, leaf.shape) if stacked else leaf.sharding
-        parts = [jax.device_put(weights[n].astype(leaf.dtype, copy=False), at) for n in names]
-        params[key] = layout.join(parts, leaf, stacked)
+        if not layout.is_stacked(key):
+            params[key] = jax.device_put(_own(weights[names[0]], leaf.dtype), leaf.sharding)
+            continue
+        at = layout.layer_sharding(leaf.sharding, leaf.shape)
+        stack = jax.jit(lambda leaf=leaf: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
+        for group, name in enumerate(names):
+            place = group if places is None else places.index(group)
+            stack = _placer(leaf.sharding)(stack, jax.device_put(_own(weights[name], leaf.dtype), at), place)
+        params[key] = jax.block_until_ready(stack)
     return params
+
+
+def _own(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """In memory of its own: a device array on CPU may share what it is given, and that may be a mapped file."""
+    return np.array(x, dtype, order="C")
+
+
+@functools.cache
+def _placer(sharding: Sharding | None):
+    return jax.jit(
+        lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0), donate_argnums=0,
+        out_shardings=sharding,
+    )  # fmt: skip
 
 
 def tensors_of(

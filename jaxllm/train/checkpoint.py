@@ -6,6 +6,7 @@
     arrays.json                     dtype and shape of every leaf
     meta.json                       format, step, held-out loss, model config, and what the loop adds as `meta`
     config.yaml, tokenizer/, ...    files the run puts beside them, so that the folder is all `generate` needs
+    source/                         of a model that began as another's: its config.json and what else came with it
     checksums.json                  size and SHA-256 of each file above
 
 It is written as `{step:08d}.saving` and renamed when complete, so a folder under its final name was whole once;
@@ -15,6 +16,7 @@ the arrays: a flipped bit there is read back as a weight.)
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -44,15 +46,31 @@ FORMAT = 1  # of the folder described above
 _CHECKSUMS = "checksums.json"
 _RESIDUAL = "opt/residual/"  # leaves of train.compressed.Fed: of each replica, and only their sum counts
 _APART = "opt/params/"  # leaves of train.outer.Replicas
+_AT_ONCE = 64 << 20  # bytes of unread leaves that are in memory together, if no leaf alone has more
 _warn = logging.getLogger(__name__).warning
+
+Extra = Path | str | Callable[[Path], Any]  # a file or folder to copy, a text, or what makes a folder at that path
+
+
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """A leaf that is read when it is written, so that a model need not fit into memory."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 class Checkpointer:
     """Saves a run under `folder` (`RUN/checkpoints`), keeps the newest `cfg.keep` and the one of lowest held-out loss.
 
-    Every process of a run makes one and calls it alike. `extra_files` go into each checkpoint: name -> a file or
-    folder to copy, or the text itself. Leftovers of a save that was killed are removed. A context manager: leaving it
-    waits for the save under way. `places` says where the run's stacks have which layers.
+    Every process of a run makes one and calls it alike. `extra_files` go into each checkpoint, by name. Leftovers of a
+    save that was killed are removed. A context manager: leaving it waits for the save under way. `places` says where
+    the run's stacks have which layers.
     """
 
     def __init__(
@@ -61,7 +79,7 @@ class Checkpointer:
         cfg: Checkpoints,
         model_cfg: DecoderConfig,
         *,
-        extra_files: dict[str, Path | str] | None = None,
+        extra_files: dict[str, Extra] | None = None,
         places: layout.Places | None = None,
     ):
         self.folder, self.cfg, self.model_cfg, self.places = folder, cfg, model_cfg, places
@@ -85,7 +103,7 @@ class Checkpointer:
     def save(self, step: int, state: Any, meta: dict[str, Any], loss: float | None = None) -> None:
         """Saves a TrainState (or any tree with `params`); replaces a checkpoint of the same step.
 
-        Returns when every array is copied to the host, so the caller may donate them; writing goes on behind it if
+        Leaves may be `Unread` ones, of logical names. Returns when every array is copied to the host, so the caller may donate them; writing goes on behind it if
         `cfg.asynchronous`. Checkpoints of later steps, of a future that a rewind gave up, go once this one is complete.
 
         Args:
@@ -156,8 +174,14 @@ class Checkpointer:
     def _writer(self):
         import orbax.checkpoint as ocp
 
+        known = ocp.type_handlers.get_type_handler
+        types = ocp.type_handlers.create_type_handler_registry(
+            (np.number, known(np.number)), (jax.Array, known(jax.Array)), (Unread, _unread_handler()),
+            (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),  # they are copies already
+        )  # fmt: skip
         # zstd makes float weights 8 % smaller and writing and reading several times dearer (measured).
-        items = {item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in ("params", "state")}
+        how = {"use_compression": False, "type_handler_registry": types}
+        items = {item: ocp.PyTreeCheckpointHandler(**how) for item in ("params", "state")}
         return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**items))
 
     def _finish(self, step: int, saving: Path, texts: dict[str, str]) -> None:
@@ -168,6 +192,8 @@ class Checkpointer:
             for name, source in self.extra_files.items():
                 if isinstance(source, str):
                     texts[name] = source
+                elif callable(source):
+                    source(saving / name)
                 elif source.is_dir():
                     shutil.copytree(source, saving / name)
                 else:
@@ -286,18 +312,45 @@ def steps(folder: Path) -> list[int]:
     return [int(path.name) for path in reversed(_checkpoints(folder))]
 
 
-def stored_model(folder: Path) -> DecoderConfig:
-    """The model config of the newest checkpoint, its weights unread. Raises CheckpointError if there is none."""
+def stored_model(folder: Path) -> tuple[DecoderConfig, Path]:
+    """The model config of the newest checkpoint, its weights unread, and its folder; CheckpointError without one."""
     for path in _checkpoints(folder):
         with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: the one before it will be used
-            return parse(
-                _Record, {"model": json.loads((path / "meta.json").read_bytes())["model"]}, name=str(path)
-            ).model
+            model = json.loads((path / "meta.json").read_bytes())["model"]
+            return parse(_Record, {"model": model}, name=str(path)).model, path
     raise CheckpointError(f"{folder}: no checkpoint here; expected a run folder, its checkpoints/, or one checkpoint")
 
 
 class _Record(Config):
     model: Model
+
+
+class Stored(NamedTuple):
+    """The weights of a checkpoint, none of them read yet."""
+
+    leaves: dict[str, Unread]  # by logical name
+    model_cfg: DecoderConfig
+    folder: Path  # of the checkpoint
+
+
+def open_params(folder: Path, warn: Callable[[str], None] = _warn) -> Stored:
+    """The weights of the newest usable checkpoint of a run or of one checkpoint folder, to be read one by one.
+
+    Raises:
+      CheckpointError: as `restore`.
+    """
+    path, record, stored = _newest(folder, ("params",), lambda record, stored: None, warn)
+    cfg = parse(_Record, {"model": record["model"]}, name=f"{path}: meta.json").model
+    read = functools.partial(_read_leaf, path.absolute() / "arrays" / "params")
+    leaves = {n.removeprefix("params/"): x for n, x in stored.items()}
+    return Stored({n: Unread(x.dtype, x.shape, functools.partial(read, n)) for n, x in leaves.items()}, cfg, path)
+
+
+def _read_leaf(item: Path, name: str) -> np.ndarray:
+    import tensorstore
+
+    store = {"driver": "ocdbt", "base": f"file://{item}/", "path": f"{name}/"}
+    return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result().read().result()
 
 
 def _newest(
@@ -480,6 +533,9 @@ def _logical_on_host(state: Any, cfg: DecoderConfig, places: layout.Places | Non
     """
     copies: dict[str, Any] = {}
     for name, leaf in _named_leaves(state).items():
+        if isinstance(leaf, Unread):
+            copies[name] = leaf
+            continue
         if leaf.is_fully_addressable:  # a copy: on CPU the array itself may share memory with what is donated next
             copies |= layout.split(name, np.array(leaf), cfg, places)
             continue
@@ -487,6 +543,28 @@ def _logical_on_host(state: Any, cfg: DecoderConfig, places: layout.Places | Non
         where = {n: x.sharding.with_memory_kind("pinned_host") for n, x in parts.items()}
         copies |= jax.block_until_ready(jax.device_put(parts, where))
     return copies
+
+
+def _unread_handler():
+    """Orbax's way to write `Unread` leaves: a few at a time, as NumPy arrays."""
+    import orbax.checkpoint as ocp
+
+    class Handler(ocp.type_handlers.NumpyHandler):
+        async def _background_serialize(self, values, infos, args=None):
+            begin, held = 0, 0
+            for i, x in enumerate(values):
+                size = x.size * x.dtype.itemsize
+                if i > begin and held + size > _AT_ONCE:
+                    await self._write(slice(begin, i), values, infos, args)
+                    begin, held = i, 0
+                held += size
+            await self._write(slice(begin, len(values)), values, infos, args)
+
+        async def _write(self, part, values, infos, args):
+            arrays = [np.ascontiguousarray(x.read()) for x in values[part]]
+            await super()._background_serialize(arrays, infos[part], args[part])
+
+    return Handler(deepcopy_host_arrays=False)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

@@ -274,7 +274,7 @@ class RunConfig(Config):
     ramp: Ramp | None = None  # a batch that grows at the start
     data: DataConfig  # what to train on
     model: Model  # what to train
-    initial: str | None = None  # run or checkpoint folder to take the weights from
+    initial: str | None = None  # model to take the weights from: a run, a Hugging Face folder, a GGUF file
     objective: Objective = NextToken()  # what is minimised
     optimizer: Optimizer  # how
     schedule: Schedule = Cosine(warmup=100)  # learning rate over time

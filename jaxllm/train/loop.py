@@ -18,12 +18,9 @@ from jaxllm.core.machine import versions
 from jaxllm.core.sinks import Sinks, check_extras, open_sinks, truncate_after
 from jaxllm.data.loader import Prepared, Rows, batches, open_prepared, validation_rows
 from jaxllm.models.count import flops_per_token
-from jaxllm.models.module import Params, abstract
-from jaxllm.models.resize import resize_vocabulary
 from jaxllm.parallel.flags import compile_with, compiler_options
-from jaxllm.parallel.sharding import placed, shardings
-from jaxllm.train import distributed, runtime
-from jaxllm.train.checkpoint import Checkpointer, load_params, restore, steps, stored_model
+from jaxllm.train import distributed, initial, runtime
+from jaxllm.train.checkpoint import Checkpointer, restore, steps
 from jaxllm.train.config import RunConfig
 from jaxllm.train.evaluate import evaluate
 from jaxllm.train.run_folder import check_alike, open_run
@@ -73,26 +70,32 @@ class Spike(Exception):
         self.step, self.loss = step, loss
 
 
-def train(cfg: RunConfig) -> Result:
+def train(cfg: RunConfig, find: initial.Find = initial.of_checkpoint) -> Result:
     """Trains, or goes on with the run that `cfg.out` holds, to `cfg.steps`.
 
     Several processes (`cfg.distributed`) call it alike. What is refused by one is refused by all.
+
+    Args:
+      find: the model at the path `cfg.initial`, where others than checkpoints may lie there.
 
     Raises:
       UserError: config, data, devices or checkpoints do not fit; before anything is written where that can be known.
     """
     runtime.start(cfg.distributed, compile_cache=cfg.compile_cache)
-    cfg, setup, rows = distributed.together(lambda: ready(cfg))
+    cfg, setup, rows, start = distributed.together(lambda: ready(cfg, find))
     prepared = rows.prepared
     check_alike(cfg, prepared.hash)
     with open_run(cfg, prepared.hash) as (folder, changed):
-        result = Loop(cfg, setup, rows, folder, changed).run()
+        result = Loop(cfg, setup, rows, folder, changed, start).run()
     distributed.gather(None)  # nobody leaves while another still writes: JAX would take him for dead
     return result
 
 
-def ready(cfg: RunConfig) -> tuple[RunConfig, Setup, Rows]:
-    """The config fitted to its data, program and rows; raises UserError for what is wrong with a run not yet opened."""
+def ready(cfg: RunConfig, find: initial.Find) -> tuple[RunConfig, Setup, Rows, initial.Initial | None]:
+    """The config fitted to its data, program, rows, and the model to start from, of a run that begins with one.
+
+    Raises UserError for what is wrong with a run not yet opened.
+    """
     prepared = open_prepared(cfg.data.path)
     if cfg.data.verify:
         prepared.verify()
@@ -102,9 +105,11 @@ def ready(cfg: RunConfig) -> tuple[RunConfig, Setup, Rows]:
     setup = set_up(cfg)
     check_batches(setup, prepared.length)
     rows = Rows(prepared, cfg.seed, cfg.data.weights or None)
+    start = None
     if cfg.initial and not steps(Path(cfg.out)):
-        check_initial(cfg)
-    return cfg, setup, rows
+        start = find(Path(cfg.initial), cfg.model)
+        initial.check(cfg, start)
+    return cfg, setup, rows, start
 
 
 def fit_to_data(cfg: RunConfig, prepared: Prepared) -> RunConfig:
@@ -127,41 +132,16 @@ def fit_to_data(cfg: RunConfig, prepared: Prepared) -> RunConfig:
     return cfg.model_copy(update={"model": cfg.model.model_copy(update={"vocab": vocab})})
 
 
-def check_initial(cfg: RunConfig) -> None:
-    """Raises ConfigError if the model that `cfg.initial` holds is not this run's, or one of a smaller vocabulary."""
-    stored = stored_model(Path(cfg.initial))
-    may_differ = {name: getattr(cfg.model, name) for name in ("vocab", "context", "dropout", "init")}
-    if stored.model_copy(update=may_differ) != cfg.model:
-        raise ConfigError(
-            f"initial={cfg.initial} holds another model than `model:` asks for; make `model:` agree with "
-            "its config.yaml"
-        )
-    if stored.vocab > cfg.model.vocab:
-        raise ConfigError(
-            f"initial={cfg.initial} has a vocabulary of {stored.vocab}, model.vocab={cfg.model.vocab} is smaller; set "
-            f"it to {stored.vocab} or more"
-        )
-
-
-def initial_weights(setup: Setup) -> Params:
-    """The weights of the model that `check_initial` passed, in their shards; rows are added for this vocabulary."""
-    cfg, where = setup.cfg, jax.tree.map(lambda x: x.sharding, setup.state.params)
-    stored = stored_model(Path(cfg.initial))
-    if stored.vocab == cfg.model.vocab:
-        return load_params(Path(cfg.initial), stored, like=setup.state.params, places=setup.places).params
-    rules = cfg.sharding.parameters.model_copy(update={"vocab": None})  # the old size may not divide
-    _, shapes, axes = abstract(stored, places=setup.places)
-    like = placed(shapes, shardings(setup.mesh, rules, axes, shapes))
-    params = load_params(Path(cfg.initial), stored, like=like, places=setup.places).params
-    return jax.jit(lambda p: resize_vocabulary(p, stored, cfg.model.vocab)[0], out_shardings=where)(params)
-
-
 class Loop:
     """One call of `train`: the open ends of a run in progress."""
 
-    def __init__(self, cfg: RunConfig, setup: Setup, rows: Rows, folder: Path, changed: list[str]):
+    def __init__(
+        self, cfg: RunConfig, setup: Setup, rows: Rows, folder: Path, changed: list[str],
+        initial_model: initial.Initial | None = None,
+    ):  # fmt: skip
         prepared = rows.prepared
         self.cfg, self.setup, self.rows, self.prepared, self.folder = cfg, setup, rows, prepared, folder
+        self.initial = initial_model
         self.notes: list[tuple[str, str]] = []  # events from before the sinks are open
         if changed:
             self.notes.append(("changed", f"the config has changed since the last start: {'; '.join(changed)}"))
@@ -185,10 +165,15 @@ class Loop:
         cfg = self.cfg
         with ExitStack() as stack:
             stack.enter_context(self.stopping_on_signals())
+            distributed.from_first(lambda: initial.keep_source(self.initial, self.folder))
+            files = {"config.yaml": self.folder / "config.yaml", "tokenizer": self.prepared.path / "tokenizer"}
+            if (self.folder / initial.SOURCE).is_dir():
+                files[initial.SOURCE] = self.folder / initial.SOURCE
             self.checkpoints = stack.enter_context(
-                Checkpointer(self.folder / "checkpoints", cfg.checkpoints, cfg.model, extra_files={
-                    "config.yaml": self.folder / "config.yaml", "tokenizer": self.prepared.path / "tokenizer",
-                }, places=self.setup.places)
+                Checkpointer(
+                    self.folder / "checkpoints", cfg.checkpoints, cfg.model, extra_files=files,
+                    places=self.setup.places,
+                )
             )  # fmt: skip
             state, step = self.start()
             self.sinks = stack.enter_context(distributed.together(lambda: self.open_metrics(step)))
@@ -222,10 +207,10 @@ class Loop:
             state, step = self.restore()
             self.notes.append(("resume", f"resumed at step {step} from {self.folder / 'checkpoints'}"))
             return state, step
-        if self.cfg.initial is None:
+        if self.initial is None:
             return init_state(self.setup), 0
         self.notes.append(("initial", f"weights from {self.cfg.initial}"))
-        return init_state(self.setup, initial_weights(self.setup)), 0
+        return init_state(self.setup, initial.weights(self.setup, self.initial)), 0
 
     def restore(self) -> tuple[TrainState, int]:
         state, meta, step = restore(

@@ -76,7 +76,7 @@ def check_alike(cfg: RunConfig, manifest_hash: str) -> None:
     theirs = distributed.from_first(lambda: mine)
 
     def compare() -> None:
-        differ = [f"{path}: {_short(a)} there, {_short(b)} here" for path, a, b in _differences(theirs, mine)]
+        differ = [f"{path}: {_short(a)} there, {_short(b)} here" for path, a, b in differences(theirs, mine)]
         if differ:
             lines = "\n  ".join(differ)
             raise ConfigError(
@@ -97,7 +97,7 @@ def _replace(path: Path, text: str) -> None:
 def _check_same(cfg: RunConfig, manifest_hash: str, folder: Path) -> list[str]:
     """What differs and may; raises ConfigError for what differs and may not."""
     old = config.load(RunConfig, folder / "config.yaml")
-    differ = [f"{path}: {_short(a)} there, {_short(b)} asked" for path, a, b in _differences(_fixed(old), _fixed(cfg))]
+    differ = [f"{path}: {_short(a)} there, {_short(b)} asked" for path, a, b in differences(_fixed(old), _fixed(cfg))]
     if (folder / "run.json").exists():
         there = json.loads((folder / "run.json").read_text())["manifest"]
         if there != manifest_hash:
@@ -108,7 +108,7 @@ def _check_same(cfg: RunConfig, manifest_hash: str, folder: Path) -> list[str]:
             f"out={folder} holds another run, which this one cannot continue; name another folder, or undo:\n  {lines}"
         )
     both = (c.model_dump(mode="json") for c in (old, cfg))
-    return [f"{path}: {_short(a)} -> {_short(b)}" for path, a, b in _differences(*both) if path != "out"]
+    return [f"{path}: {_short(a)} -> {_short(b)}" for path, a, b in differences(*both) if path != "out"]
 
 
 def _fixed(cfg: RunConfig) -> dict:
@@ -117,10 +117,10 @@ def _fixed(cfg: RunConfig) -> dict:
     return tree
 
 
-def _differences(a: object, b: object, path: str = "") -> Iterator[tuple[str, object, object]]:
+def differences(a: object, b: object, path: str = "") -> Iterator[tuple[str, object, object]]:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
-            yield from _differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+            yield from differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
     elif a != b:
         yield path, a, b
 
