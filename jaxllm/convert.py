@@ -21,7 +21,7 @@ from jaxllm.interop import folder as hugging_face
 from jaxllm.interop import llamacpp, vocabulary
 from jaxllm.interop.gguf import open_gguf
 from jaxllm.interop.weights import commonest
-from jaxllm.models.config import DecoderConfig
+from jaxllm.models.config import AnyModel
 from jaxllm.pretrained import TOKENIZERS, tokenizer_of_folder
 from jaxllm.train.checkpoint import Checkpointer, Extra, Unread, open_params
 from jaxllm.train.config import Checkpoints
@@ -36,7 +36,7 @@ TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.jso
 class Found(NamedTuple):
     """A model to be written, its weights read when their turn comes."""
 
-    cfg: DecoderConfig
+    cfg: AnyModel
     shapes: Mapping[str, tuple[int, ...]]  # by logical name
     dtypes: Mapping[str, np.dtype]
     read: Callable[[str], np.ndarray]

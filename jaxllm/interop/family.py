@@ -11,10 +11,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaxllm.core.config import merge
+from jaxllm.core.config import Config, merge
 from jaxllm.core.errors import CheckpointError, ConfigError
 from jaxllm.interop.names import Table
-from jaxllm.models.config import Block, DecoderConfig, Dropout, FanIn
+from jaxllm.models.config import AnyModel, Block, DecoderConfig, Dropout, FanIn
 from jaxllm.models.positions import NoPosition
 
 Paths = dict[str, Any]  # by dotted path of ours
@@ -51,7 +51,7 @@ class Part(NamedTuple):
     """What one key of theirs alone does not say."""
 
     ours: Callable[[Given], Paths]
-    theirs: Callable[[DecoderConfig], dict[str, Any]]
+    theirs: Callable[[Any], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +68,15 @@ class Family:
       only: key of theirs -> the one value that can be read.
       defaults: of their config class.
       drop: tensors that hold no weights, by the end of their names.
+      model: the config of ours.
+      repeats: tensors that files may have although they are the same as another: name of theirs -> weight of ours.
       when: which configs are its, among those of families with the same `model_type`.
     """
 
     kind: str
     architecture: str
     prefix: str
-    names: Table | Callable[[DecoderConfig], Table]
+    names: Table | Callable[[Any], Table]
     sizes: dict[str, str | tuple[str, ...]]
     fixed: Paths
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -83,13 +85,15 @@ class Family:
     drop: tuple[str, ...] = ()
     also: tuple[str, ...] = ()  # further `model_type`s
     model_type: str | None = None
+    model: type[Config] = DecoderConfig
+    repeats: dict[str, str] = dataclasses.field(default_factory=dict)
     when: Callable[[Mapping[str, Any]], bool] = lambda config: True
 
     @property
     def model_types(self) -> tuple[str, ...]:
         return (self.model_type or self.kind, *self.also)
 
-    def ours(self, config: Mapping[str, Any], name: str = "config.json") -> DecoderConfig:
+    def ours(self, config: Mapping[str, Any], name: str = "config.json") -> AnyModel:
         """The config of ours that computes what a `config.json` describes.
 
         Raises:
@@ -102,7 +106,7 @@ class Family:
         paths = dict(self.fixed)
         for key, where in self.sizes.items():
             for path in (where,) if isinstance(where, str) else where:
-                paths[path] = _activation(given, key) if path.endswith(".activation") else given[key]
+                paths[path] = activation(given, key) if path.endswith(".activation") else given[key]
         for part in self.parts:
             paths |= part.ours(given)
         layers = paths.pop(LAYERS, None)
@@ -110,14 +114,14 @@ class Family:
         if layers is not None:
             tree = merge(tree, _pattern([_tree(layer) for layer in layers]))
         try:
-            return DecoderConfig.model_validate(tree)
+            return self.model.model_validate(tree)
         except ValueError as e:
             raise CheckpointError(f"{name}: no {self.kind} that can be computed: {_first(e)}") from None
 
-    def table(self, cfg: DecoderConfig) -> Table:
+    def table(self, cfg: AnyModel) -> Table:
         return self.names(cfg) if callable(self.names) else self.names
 
-    def theirs(self, cfg: DecoderConfig) -> dict[str, Any]:
+    def theirs(self, cfg: AnyModel) -> dict[str, Any]:
         """The `config.json` of a config of ours.
 
         Raises:
@@ -147,7 +151,7 @@ class Family:
 LAYERS = "*layers"  # among the paths of a Part: a list of Paths, what each layer has for itself
 
 
-def resolved(cfg: DecoderConfig) -> DecoderConfig:
+def resolved(cfg: AnyModel) -> AnyModel:
     """The same model with all that follows from other fields written down, and nothing that only training looks at."""
 
     per_layer = cfg.position.kind in ("rope", "rope_2d", "alibi", "none")
@@ -165,14 +169,14 @@ def resolved(cfg: DecoderConfig) -> DecoderConfig:
     layered = {"block": blocks[0], "pattern": tuple(blocks[:period]) if period > 1 else ()}
     if getattr(cfg, "query_layer", None):
         layered["query_layer"] = block(cfg.query_layer)
-    table = cfg.table if cfg.table != cfg.embed else None
+    table = cfg.table if cfg.kind == "encoder" or cfg.table != cfg.embed else None
     position = NoPosition() if per_layer else cfg.position
     return cfg.model_copy(
         update=layered | {"dropout": Dropout(), "init": FanIn(), "table": table, "position": position}
     )
 
 
-def differences(a: DecoderConfig, b: DecoderConfig) -> list[tuple[str, Any, Any]]:
+def differences(a: AnyModel, b: AnyModel) -> list[tuple[str, Any, Any]]:
     """Dotted paths at which two configs differ, with both values."""
 
     def walk(path: str, x: Any, y: Any) -> list[tuple[str, Any, Any]]:
@@ -203,7 +207,8 @@ ACTIVATIONS_OF_OURS = {
 }  # fmt: skip
 
 
-def _activation(given: Given, key: str) -> str:
+def activation(given: Given, key: str) -> str:
+    """What a key of theirs names, as we name it."""
     if given[key] not in ACTIVATIONS:
         raise given.refuse(key, f"known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[given[key]]

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.core.errors import CheckpointError, ConfigError
-from jaxllm.interop import decoders, remote, safetensors
+from jaxllm.interop import decoders, encoders, remote, safetensors
 from jaxllm.interop.family import Family, differences, resolved
 from jaxllm.interop.weights import Kept, Weights, commonest, tensors_of
-from jaxllm.models.config import DecoderConfig
+from jaxllm.models.config import AnyModel
 
-FAMILIES = (*decoders.FAMILIES, *remote.FAMILIES)
+FAMILIES = (*decoders.FAMILIES, *remote.FAMILIES, *encoders.FAMILIES)
 BY_KIND = {kind: family for family in FAMILIES for kind in (family.kind, *family.also)}
 
 _KEPT = "weights.json"  # among the files of a source: how its tensors were named
@@ -42,7 +42,7 @@ class Pretrained(NamedTuple):
     """A model in a folder, its weights not read yet."""
 
     family: Family
-    cfg: DecoderConfig
+    cfg: AnyModel
     weights: Weights
     source: Source
     tensors: safetensors.Tensors
@@ -110,7 +110,7 @@ def family_of(config: Mapping[str, Any], name: str) -> Family:
 
 def save_folder(
     folder: str | Path,
-    cfg: DecoderConfig,
+    cfg: AnyModel,
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], np.ndarray],
     dtypes: Mapping[str, np.dtype],
@@ -181,7 +181,7 @@ def read_source(folder: Path) -> Source | None:
     return Source(said["family"], json.loads(files["config.json"]), files, kept)
 
 
-def fitting(cfg: DecoderConfig) -> Family:
+def fitting(cfg: AnyModel) -> Family:
     """The first family that has this model."""
     why = []
     for family in FAMILIES:

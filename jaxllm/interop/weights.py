@@ -14,7 +14,7 @@ from jaxllm.core.errors import CheckpointError
 from jaxllm.interop.family import Family
 from jaxllm.interop.names import Row, rows_of, shapes_of_theirs
 from jaxllm.models import layout
-from jaxllm.models.config import DecoderConfig
+from jaxllm.models.config import AnyModel
 from jaxllm.models.module import Params, abstract
 
 
@@ -22,10 +22,10 @@ class Kept(NamedTuple):
     """What a folder's weights are besides their values, so that they go back as they came."""
 
     bare: bool = False  # names lack the family's prefix
-    tied: tuple[str, ...] = ()  # tensors that repeat the embedding, though the config ties them
+    tied: tuple[str, ...] = ()  # tensors that repeat others, which the config says they are tied to
 
 
-def logical_shapes(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def logical_shapes(cfg: AnyModel) -> dict[str, tuple[int, ...]]:
     """Shapes of a model's weights, one a layer."""
     return {name: x.shape for name, x in layout.unstack(abstract(cfg)[1], cfg).items()}
 
@@ -48,7 +48,7 @@ class Weights(Mapping[str, np.ndarray]):
     def __init__(
         self,
         family: Family,
-        cfg: DecoderConfig,
+        cfg: AnyModel,
         tensors: Mapping[str, Any],
         read: Callable[[str], np.ndarray],
         name: str,
@@ -63,8 +63,8 @@ class Weights(Mapping[str, np.ndarray]):
         ]
         self.row: dict[str, Row] = {ours: row for row in rows for ours in row.ours}
         used = {n for row in rows for n in row.theirs}
-        repeats = tuple(n for n in _heads(family, cfg) if n in tensors and n not in used)
-        self.kept = Kept(bare, repeats)
+        repeats = {n: o for n, o in _repeats(family, cfg).items() if n in tensors and n not in used}
+        self.kept = Kept(bare, tuple(repeats))
         found = [f"{n} is missing" for n in used if n not in tensors]
         found += [
             f"{n} is unexpected"
@@ -81,10 +81,10 @@ class Weights(Mapping[str, np.ndarray]):
         if found:
             more = f"\n  and {len(found) - 20} more" if len(found) > 20 else ""
             raise CheckpointError(f"{name}: no {family.kind} as config.json says:\n  " + "\n  ".join(found[:20]) + more)
-        for n in repeats:
-            if not np.array_equal(_bytes(read(n)), _bytes(self["embedding"])):
+        for n, ours in repeats.items():
+            if not np.array_equal(_bytes(read(n)), _bytes(self[ours])):
                 raise CheckpointError(
-                    f"{name}: {n} differs from the embedding, but config.json has tie_word_embeddings=true"
+                    f"{name}: {n} differs from the {ours}, but config.json has tie_word_embeddings=true"
                 )
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -103,7 +103,7 @@ class Weights(Mapping[str, np.ndarray]):
 
 
 def load(
-    weights: Weights, cfg: DecoderConfig, like: Mapping[str, jax.ShapeDtypeStruct], places: layout.Places | None = None
+    weights: Weights, cfg: AnyModel, like: Mapping[str, jax.ShapeDtypeStruct], places: layout.Places | None = None
 ) -> Params:
     """The arrays of a run of `cfg`, each put where and in the type that `like` says.
 
@@ -141,7 +141,7 @@ def _placer(sharding: Sharding | None):
 
 
 def tensors_of(
-    family: Family, cfg: DecoderConfig, shapes: Mapping[str, Any], kept: Kept = Kept()
+    family: Family, cfg: AnyModel, shapes: Mapping[str, Any], kept: Kept = Kept()
 ) -> dict[str, tuple[tuple[int, ...], Row]]:
     """By name of theirs, in the order of the model: the shape of a tensor and the row that makes it.
 
@@ -152,15 +152,17 @@ def tensors_of(
     for row in rows_of(family.table(cfg), shapes):
         for n, shape in zip(row.theirs, shapes_of_theirs(row.form, tuple(shapes[o] for o in row.ours)), strict=True):
             out[n.removeprefix(family.prefix) if kept.bare else n] = shape, row
-    embedding = next(row for _, row in out.values() if "embedding" in row.ours)
+    repeats = _repeats(family, cfg)
     for n in kept.tied:
-        out[n] = tuple(shapes["embedding"]), embedding
+        out[n] = next(made for made in out.values() if repeats[n] in made[1].ours)
     return out
 
 
-def _heads(family: Family, cfg: DecoderConfig) -> tuple[str, ...]:
-    """What an output head is called that a config ties to the embedding."""
-    return tuple(n for row in family.table(cfg) if row.ours == ("head",) for n in row.theirs) if cfg.tie else ()
+def _repeats(family: Family, cfg: AnyModel) -> dict[str, str]:
+    """What a tensor of theirs is called that is tied to another -> the weight of ours that it is."""
+    tied = getattr(cfg, "tie", False)
+    heads = [n for row in family.table(cfg) if row.ours == ("head",) for n in row.theirs] if tied else []
+    return dict.fromkeys(heads, "embedding") | family.repeats
 
 
 def _bytes(x: np.ndarray) -> np.ndarray:

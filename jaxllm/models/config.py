@@ -418,7 +418,7 @@ class Convolution(Config):
     """norm(layer(x) + act(conv(x))) in place of the first layer alone (DeBERTa v2's nGiE)."""
 
     width: int = Field(3, gt=0)  # tokens that it sees, an odd number
-    activation: Activation = "tanh"
+    activation: Activation = "tanh"  # of the sum
     groups: int = Field(1, gt=0)  # the channels of each are mixed among themselves only
 
 
@@ -511,6 +511,9 @@ class EncoderDecoderConfig(Config):
         from jaxllm.models.encoder_decoder import EncoderDecoder
 
         return EncoderDecoder(self, rngs=nnx.Rngs(seed))
+
+
+AnyModel = DecoderConfig | EncoderConfig | EncoderDecoderConfig
 
 
 def _decoder_unless_said(value: Any) -> Any:

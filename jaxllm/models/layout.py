@@ -18,17 +18,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxllm.core.errors import CheckpointError
-from jaxllm.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig
+from jaxllm.models.config import AnyModel, Stack
 
 _STACKED = re.compile(r"(?:^|[/.])((blocks|tail)\.(\d+)\.)")
 _LAYER = re.compile(r"(?:^|[/.])(layers\.(\d+)\.)")
 
-Config = DecoderConfig | EncoderConfig | EncoderDecoderConfig
 Leaf = Any  # a jax.Array, a numpy array or a jax.ShapeDtypeStruct
 Places = tuple[int, ...]  # the group of layers at each place of a stack; -1: none, zeros that stay zero
 
 
-def logical_names(name: str, cfg: Config) -> tuple[str, ...]:
+def logical_names(name: str, cfg: AnyModel) -> tuple[str, ...]:
     """The logical leaves that make up `name`: one per group for `blocks.…`, else one."""
     match = _STACKED.search(name)
     if not match:
@@ -40,7 +39,7 @@ def logical_names(name: str, cfg: Config) -> tuple[str, ...]:
     return tuple(f"{name[: match.start(1)]}layers.{i}.{name[match.end(1) :]}" for i in layers)
 
 
-def stacked_name(logical: str, cfg: Config) -> str:
+def stacked_name(logical: str, cfg: AnyModel) -> str:
     """The run's leaf that holds the logical leaf: the inverse of `logical_names`."""
     match = _LAYER.search(logical)
     if not match:
@@ -53,7 +52,7 @@ def stacked_name(logical: str, cfg: Config) -> str:
     return logical[: match.start(1)] + place + logical[match.end(1) :]
 
 
-def unstack(params: dict[str, Leaf], cfg: Config, places: Places | None = None) -> dict[str, Leaf]:
+def unstack(params: dict[str, Leaf], cfg: AnyModel, places: Places | None = None) -> dict[str, Leaf]:
     """One leaf per layer and part. Shapes may stand for arrays; shardings lose the axis of the layers.
 
     A leaf of `blocks.…` without a leading axis of groups (Adafactor's place-holders) belongs to each of its layers.
@@ -61,7 +60,7 @@ def unstack(params: dict[str, Leaf], cfg: Config, places: Places | None = None) 
     return {name: part for key, leaf in params.items() for name, part in split(key, leaf, cfg, places).items()}
 
 
-def stack(logical: dict[str, Leaf], cfg: Config, places: Places | None = None) -> dict[str, Leaf]:
+def stack(logical: dict[str, Leaf], cfg: AnyModel, places: Places | None = None) -> dict[str, Leaf]:
     """The leaves of a run with `cfg`: the inverse of `unstack`, for numpy and JAX arrays and shapes.
 
     Raises:
@@ -81,7 +80,7 @@ def stack(logical: dict[str, Leaf], cfg: Config, places: Places | None = None) -
     return stacked
 
 
-def split(key: str, leaf: Leaf, cfg: Config, places: Places | None = None) -> dict[str, Leaf]:
+def split(key: str, leaf: Leaf, cfg: AnyModel, places: Places | None = None) -> dict[str, Leaf]:
     """The logical leaves of one leaf of a run, by name."""
     names = logical_names(key, cfg)
     if not has_layers(key, leaf.shape, cfg, places):
@@ -98,12 +97,12 @@ def join(parts: list[jax.Array], like: jax.ShapeDtypeStruct, stacked: bool, plac
     return _stacker(like.shape, like.sharding, places)(*parts)
 
 
-def has_layers(key: str, shape: tuple[int, ...], cfg: Config, places: Places | None = None) -> bool:
+def has_layers(key: str, shape: tuple[int, ...], cfg: AnyModel, places: Places | None = None) -> bool:
     """Whether a leaf of a run has the layers of its slot as its leading axis."""
     return is_stacked(key) and shape[:1] == (_side(key, cfg).num_groups if places is None else len(places),)
 
 
-def _side(name: str, cfg: Config) -> DecoderConfig | EncoderConfig:
+def _side(name: str, cfg: AnyModel) -> Stack:
     """The stack that a leaf is of: the one side of an encoder-decoder, or the whole model."""
     if cfg.kind != "encoder_decoder":
         return cfg

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from jaxllm.core.shapes import Array, Key
-from jaxllm.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig
+from jaxllm.models.config import AnyModel
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.encoder import Encoder
 from jaxllm.models.encoder_decoder import EncoderDecoder
@@ -15,7 +15,6 @@ from jaxllm.models.remat import Remat
 
 Params = dict[str, Array]
 Axes = dict[str, tuple[str | None, ...]]
-Config = DecoderConfig | EncoderConfig | EncoderDecoderConfig
 Model = Decoder | Encoder | EncoderDecoder
 
 CLASSES = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}  # by kind of config
@@ -33,14 +32,14 @@ def merge(graphdef: nnx.GraphDef, params: Mapping[str, Array | jax.ShapeDtypeStr
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def create(cfg: Config, key: Key[Array, ""], places: Places | None = None) -> Params:
+def create(cfg: AnyModel, key: Key[Array, ""], places: Places | None = None) -> Params:
     """Freshly initialised float32 weights; pure, to be jitted with `out_shardings`."""
     options = {} if places is None else {"places": places}
     return split(CLASSES[cfg.kind](cfg, rngs=nnx.Rngs(params=key), **options))[1]
 
 
 def abstract(
-    cfg: Config, *, scan: bool = True, remat: Remat = "none", places: Places | None = None
+    cfg: AnyModel, *, scan: bool = True, remat: Remat = "none", places: Places | None = None
 ) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct], Axes]:
     """Definition, shapes (as ShapeDtypeStruct) and logical axes of the weights, without making any."""
     options = {"scan": scan, "remat": remat} | ({} if places is None else {"places": places})

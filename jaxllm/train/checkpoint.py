@@ -37,7 +37,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jaxllm.core.config import Config, parse
 from jaxllm.core.errors import CheckpointError, ConfigError
 from jaxllm.models import layout
-from jaxllm.models.config import DecoderConfig, Model
+from jaxllm.models.config import AnyModel, Model
 from jaxllm.train import distributed
 from jaxllm.train.config import Checkpoints
 
@@ -77,7 +77,7 @@ class Checkpointer:
         self,
         folder: Path,
         cfg: Checkpoints,
-        model_cfg: DecoderConfig,
+        model_cfg: AnyModel,
         *,
         extra_files: dict[str, Extra] | None = None,
         places: layout.Places | None = None,
@@ -239,7 +239,7 @@ class Restored(NamedTuple):
 
 class Weights(NamedTuple):
     params: dict[str, jax.Array]
-    model_cfg: DecoderConfig
+    model_cfg: AnyModel
     meta: dict[str, Any]
     folder: Path  # of the checkpoint; its `tokenizer/` is there
 
@@ -247,7 +247,7 @@ class Weights(NamedTuple):
 def restore(
     folder: Path,
     like: Any,
-    model_cfg: DecoderConfig,
+    model_cfg: AnyModel,
     warn: Callable[[str], None] = _warn,
     places: layout.Places | None = None,
 ) -> Restored:
@@ -272,7 +272,7 @@ def restore(
 
 def load_params(
     folder: Path,
-    model_cfg: DecoderConfig | None = None,
+    model_cfg: AnyModel | None = None,
     like: dict[str, jax.ShapeDtypeStruct] | None = None,
     dtype: Any = None,
     warn: Callable[[str], None] = _warn,
@@ -312,7 +312,7 @@ def steps(folder: Path) -> list[int]:
     return [int(path.name) for path in reversed(_checkpoints(folder))]
 
 
-def stored_model(folder: Path) -> tuple[DecoderConfig, Path]:
+def stored_model(folder: Path) -> tuple[AnyModel, Path]:
     """The model config of the newest checkpoint, its weights unread, and its folder; CheckpointError without one."""
     for path in _checkpoints(folder):
         with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: the one before it will be used
@@ -329,7 +329,7 @@ class Stored(NamedTuple):
     """The weights of a checkpoint, none of them read yet."""
 
     leaves: dict[str, Unread]  # by logical name
-    model_cfg: DecoderConfig
+    model_cfg: AnyModel
     folder: Path  # of the checkpoint
 
 
@@ -491,7 +491,7 @@ def _read(
     targets: dict[str, jax.ShapeDtypeStruct],
     wanted: dict[str, jax.ShapeDtypeStruct],
     stored: dict[str, jax.ShapeDtypeStruct],
-    cfg: DecoderConfig,
+    cfg: AnyModel,
     places: layout.Places | None,
 ) -> dict[str, jax.Array]:
     """`targets` filled from a checkpoint whose logical leaves are `wanted`."""
@@ -525,7 +525,7 @@ def _giver(shape: tuple[int, ...], sharding: Sharding):
     return jax.jit(lambda x: jnp.zeros(shape, x.dtype).at[0].set(jnp.sum(x, 0)), out_shardings=sharding)
 
 
-def _logical_on_host(state: Any, cfg: DecoderConfig, places: layout.Places | None) -> dict[str, Any]:
+def _logical_on_host(state: Any, cfg: AnyModel, places: layout.Places | None) -> dict[str, Any]:
     """Copies of the state's logical leaves in host memory, each shard on its own host.
 
     With one process each leaf is copied whole and once, however many devices hold it. With several, one leaf at a time
