@@ -102,7 +102,7 @@ class Family:
         paths = dict(self.fixed)
         for key, where in self.sizes.items():
             for path in (where,) if isinstance(where, str) else where:
-                paths[path] = _activation(given, key) if path.endswith(".activation") else given[key]
+                paths[path] = activation(given, key) if path.endswith(".activation") else given[key]
         for part in self.parts:
             paths |= part.ours(given)
         layers = paths.pop(LAYERS, None)
@@ -155,7 +155,8 @@ def resolved(cfg: DecoderConfig) -> DecoderConfig:
     def block(block: Block) -> Block:
         a = block.attention
         position = cfg.position_of(a) if per_layer else None
-        return block.model_copy(update={"attention": a.model_copy(update={
+        ffn = block.ffn.model_copy(update={"jitter": 0.0}) if block.ffn.kind == "moe" else block.ffn
+        return block.model_copy(update={"ffn": ffn, "attention": a.model_copy(update={
             "num_kv_heads": a.kv_heads, "head_dim": cfg.head_dim(a), "scale": a.scale or cfg.head_dim(a) ** -0.5,
             "position": position,
         })})  # fmt: skip
@@ -203,7 +204,8 @@ ACTIVATIONS_OF_OURS = {
 }  # fmt: skip
 
 
-def _activation(given: Given, key: str) -> str:
+def activation(given: Given, key: str) -> str:
+    """Our name of the activation that a key of theirs names."""
     if given[key] not in ACTIVATIONS:
         raise given.refuse(key, f"known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[given[key]]

@@ -162,6 +162,88 @@ class FFN(Config):
     bias: bool = False  # biases on all its projections
 
 
+class _Router(Config):
+    renormalise: bool = True  # weights of the chosen experts are divided by their sum
+    bias: bool = False  # a bias on the logits
+    scale: float = Field(1.0, gt=0)  # the weights are multiplied by this (DeepSeek-V2's routed_scaling_factor)
+
+
+class SoftmaxRouter(_Router):
+    """Softmax over all experts, then the k largest (Shazeer et al. 2017, arXiv:1701.06538; Switch, arXiv:2101.03961).
+
+    Renormalised this is the softmax over the logits of the chosen alone (Mixtral, arXiv:2401.04088, section 2.1);
+    Switch, Qwen2-MoE and OLMoE (arXiv:2409.02060) take the probabilities as they are.
+    """
+
+    kind: Literal["softmax"] = "softmax"
+
+
+class SigmoidRouter(_Router):
+    """Each expert has a sigmoid of its own; the k largest (DeepSeek-V3, arXiv:2412.19437, equations 13-15)."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+
+
+Router = union(SoftmaxRouter, SigmoidRouter)
+
+
+class Factor(Config):
+    """ceil(factor k T / E) tokens of a row of T (Switch, arXiv:2101.03961, equation 3; GShard, arXiv:2006.16668)."""
+
+    kind: Literal["factor"] = "factor"
+    factor: float = Field(1.25, gt=0)  # times an expert's share of even use
+
+
+class Slots(Config):
+    """So many tokens of a row, however long it is (as transformers counts for Switch)."""
+
+    kind: Literal["slots"] = "slots"
+    slots: int = Field(64, gt=0)  # tokens
+
+
+Capacity = union(Factor, Slots)
+
+
+class Shared(Config):
+    """A feed-forward that every token passes beside its experts (DeepSeekMoE, arXiv:2401.06066, section 3.2)."""
+
+    mlp: int = Field(2048, gt=0)  # width of the hidden layer, of all shared experts together
+    gate: bool = False  # multiplied by sigmoid(x w) (Qwen2-MoE, arXiv:2407.10671)
+
+
+class MoE(Config):
+    """Feed-forwards of which a router gives each token its k best, weighted (Shazeer et al. 2017, arXiv:1701.06538).
+
+    Dispatch is dense: every expert computes every token, those that were not chosen with weight 0. The router computes
+    in float32 (Switch, arXiv:2101.03961, section 2.4). What keeps experts evenly used is `router` of the objective.
+    """
+
+    kind: Literal["moe"] = "moe"
+    experts: int = Field(8, gt=0)  # feed-forwards to choose from
+    top_k: int = Field(2, gt=0)  # that a token is sent to
+    mlp: int = Field(2048, gt=0)  # width of an expert's hidden layer
+    activation: Activation = "silu"  # as of a dense feed-forward
+    glu: bool = True  # multiply by a gate
+    bias: bool = False  # biases on all projections of the experts
+    router: Router = SoftmaxRouter()  # how tokens choose
+    shared: Shared | None = None  # a feed-forward for every token; null: none
+    capacity: Capacity | None = None  # tokens an expert takes of a row, first ones first; null: all that choose it
+    jitter: float = Field(0.0, ge=0, lt=1)  # router inputs are multiplied by 1 +- this in training (Switch: 0.01)
+
+    @model_validator(mode="after")
+    def _enough_experts(self):
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k={self.top_k} must not be above experts={self.experts}")
+        return self
+
+
+def _dense_unless_said(value: Any) -> Any:
+    return {"kind": "dense", **value} if isinstance(value, dict) else value
+
+
+FeedForward = Annotated[union(FFN, MoE), BeforeValidator(_dense_unless_said)]
+
+
 class Dropout(Config):
     """Probabilities of zeroing, in training only (Srivastava et al. 2014)."""
 
@@ -177,7 +259,13 @@ class Block(Config):
     placement: Placement = Pre()  # where the norms stand
     attention: Attention = Attention()  # the attention
     cross: Attention | None = None  # attention to an encoder's output, between the two (decoders of encoder-decoders)
-    ffn: FFN = FFN()  # the feed-forward
+    ffn: FeedForward = FFN()  # the feed-forward
+
+    @model_validator(mode="after")
+    def _norms_have_a_place(self):
+        if self.placement.kind == "subln" and self.ffn.kind == "moe":
+            raise ValueError("placement=subln puts a norm into the feed-forward, and ffn=moe has many; take another")
+        return self
 
 
 # --- initialisation ------------------------------------------------------------------------------------------
@@ -280,7 +368,9 @@ class Stack(Config):
                 raise ValueError(f"cross needs placement=pre or post, got {block.placement.kind}")
         sizes = {(b.attention.num_heads, self.head_dim(b.attention)) for b in self.blocks}
         if self.relative is not None and len(sizes) > 1:
-            raise ValueError(f"relative={self.relative.kind} needs layers with as many heads, and of a size; got {sizes}")
+            raise ValueError(
+                f"relative={self.relative.kind} needs layers with as many heads, and of a size; got {sizes}"
+            )
         if len(self.blocks) > self.num_layers:
             raise ValueError(f"pattern has {len(self.blocks)} entries for num_layers={self.num_layers}")
         if len({b.placement.kind in ("post", "deepnorm") for b in self.blocks}) > 1:
@@ -316,6 +406,20 @@ class Stack(Config):
         """The rotations that layers ask for, each once, with the elements of a head that they rotate."""
         every = ((self.position_of(b.attention), self.rotary_dim(b.attention)) for b in self.blocks)
         return tuple(dict.fromkeys(rope for rope in every if rope[0].kind in ("rope", "rope_2d")))
+
+    @property
+    def draws(self) -> bool:
+        """Whether training draws random numbers: for dropout, random positions, or the jitter of routers."""
+        return (
+            any(self.dropout.model_dump().values())
+            or self.random_positions is not None
+            or any(moe.jitter for moe in self.mixtures)
+        )
+
+    @property
+    def mixtures(self) -> tuple[MoE, ...]:
+        """The mixtures of the repeating group."""
+        return tuple(b.ffn for b in self.blocks if isinstance(b.ffn, MoE))
 
     @property
     def table_width(self) -> int:
@@ -434,7 +538,9 @@ class EncoderConfig(Stack):
     tasks: int = Field(0, ge=0)  # kinds of task, each with an embedding (ERNIE 2, arXiv:1907.12412)
     repeat: int = Field(1, gt=0)  # times that each layer is computed with the same weights (ALBERT: 12)
     convolution: Convolution | None = None  # beside the first layer
-    pooler: Activation | None = None  # act(x W) of a row's first token, for heads that judge rows; null: the token itself
+    pooler: Activation | None = (
+        None  # act(x W) of a row's first token, for heads that judge rows; null: the token itself
+    )
     heads: tuple[Head, ...] = ()  # what is predicted, each kind at most once
 
     @model_validator(mode="before")
@@ -503,6 +609,14 @@ class EncoderDecoderConfig(Config):
     @property
     def context(self) -> int:
         return self.decoder.context
+
+    @property
+    def draws(self) -> bool:
+        return self.encoder.draws or self.decoder.draws
+
+    @property
+    def mixtures(self) -> tuple[MoE, ...]:
+        return self.encoder.mixtures + self.decoder.mixtures
 
     def build(self, seed: int = 0) -> "EncoderDecoder":
         """The model with freshly initialised float32 weights."""
