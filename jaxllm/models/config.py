@@ -368,9 +368,7 @@ class Stack(Config):
                 raise ValueError(f"cross needs placement=pre or post, got {block.placement.kind}")
         sizes = {(b.attention.num_heads, self.head_dim(b.attention)) for b in self.blocks}
         if self.relative is not None and len(sizes) > 1:
-            raise ValueError(
-                f"relative={self.relative.kind} needs layers with as many heads, and of a size; got {sizes}"
-            )
+            raise ValueError(f"relative={self.relative.kind} needs layers with as many heads, and of a size; got {sizes}")
         if len(self.blocks) > self.num_layers:
             raise ValueError(f"pattern has {len(self.blocks)} entries for num_layers={self.num_layers}")
         if len({b.placement.kind in ("post", "deepnorm") for b in self.blocks}) > 1:
@@ -453,6 +451,8 @@ class DecoderConfig(Stack):
                 raise ValueError(f"query_layer: embed={self.embed} must be a multiple of num_heads={a.num_heads}")
             if self.query_layer.cross is not None or self.query_layer.placement.kind != "pre":
                 raise ValueError("query_layer takes placement=pre and no cross")
+            if self.query_layer.ffn.kind != "dense":
+                raise ValueError("query_layer takes ffn=dense")
         return self
 
     def build(self, seed: int = 0) -> "Decoder":
@@ -538,9 +538,7 @@ class EncoderConfig(Stack):
     tasks: int = Field(0, ge=0)  # kinds of task, each with an embedding (ERNIE 2, arXiv:1907.12412)
     repeat: int = Field(1, gt=0)  # times that each layer is computed with the same weights (ALBERT: 12)
     convolution: Convolution | None = None  # beside the first layer
-    pooler: Activation | None = (
-        None  # act(x W) of a row's first token, for heads that judge rows; null: the token itself
-    )
+    pooler: Activation | None = None  # act(x W) of a row's first token, for heads that judge rows; null: the token itself
     heads: tuple[Head, ...] = ()  # what is predicted, each kind at most once
 
     @model_validator(mode="before")

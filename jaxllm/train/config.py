@@ -442,7 +442,8 @@ class RunConfig(Config):
             "a token sees later ones under a mask that is not causal": not all(
                 block.attention.mask.causal for block in self.model.blocks
             ),
-            "dropout and jitter are drawn for whole rows; set model.dropout and ffn.jitter to 0": self.model.draws,
+            "dropout is drawn for whole rows; set model.dropout to 0": any(self.model.dropout.model_dump().values()),
+            "jitter is drawn for whole rows; set ffn.jitter to 0": any(moe.jitter for moe in self.model.mixtures),
             "experts take tokens of whole rows up to their capacity; set ffn.capacity to null": any(
                 moe.capacity for moe in self.model.mixtures
             ),

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -351,21 +352,29 @@ def test_counted_parameters_and_flops_are_those_of_the_built_model(moe):
     assert dense.forward - flops_per_token(cfg, 6, causal=False).forward == idle
 
 
-def test_published_mixtures_have_their_published_sizes():
-    """Jiang et al. 2024, arXiv:2401.04088, section 2: 47B, 13B active; mistral.ai/news/mixtral-8x22b: 141B, 39B."""
-    ffn = {"kind": "moe", "experts": 8, "top_k": 2}
-    small = DecoderConfig.model_validate({
-        "vocab": 32000, "embed": 4096, "num_layers": 32,
-        "block": {"attention": {"num_heads": 32, "num_kv_heads": 8}, "ffn": ffn | {"mlp": 14336}},
+@pytest.mark.parametrize(
+    ("name", "count", "used"), [("mixtral_8x7b", 46_702_792_704, 12.9e9), ("mixtral_8x22b", 140_620_634_112, 39e9)]
+)
+def test_published_mixtures_have_their_published_sizes(name, count, used):
+    """Tensors on the hub, mistralai/Mixtral-8x7B-v0.1 and 8x22B-v0.1; active: mistral.ai/news/mixtral-of-experts, ...-8x22b."""
+    cfg = config.load(DecoderConfig, Path(__file__).parents[2] / f"configs/models/{name}.yaml")
+    assert parameters(cfg) == count
+    assert active(cfg) == pytest.approx(used, rel=5e-3)
+
+
+def test_glam_has_its_published_sizes():
+    """Du et al. 2021, arXiv:2112.06905, table 4: 64B/64E has 1.2T parameters, of which a token uses 96.6B.
+
+    The counts hold for gates in the dense layers and none in the experts.
+    """
+    moe = {"kind": "moe", "experts": 64, "top_k": 2, "mlp": 32768, "glu": False, "activation": "gelu"}
+    cfg = DecoderConfig.model_validate({
+        "vocab": 256_000, "embed": 8192, "num_layers": 64, "tie": True, "position": "none",
+        "block": {"attention": {"num_heads": 128, "head_dim": 128}, "ffn": {"mlp": 32768, "activation": "gelu"}},
+        "pattern": [{}, {"ffn": moe}],
     })  # fmt: skip
-    large = DecoderConfig.model_validate({
-        "vocab": 32768, "embed": 6144, "num_layers": 56,
-        "block": {"attention": {"num_heads": 48, "num_kv_heads": 8}, "ffn": ffn | {"mlp": 16384}},
-    })  # fmt: skip
-    assert parameters(small) == 46_702_792_704  # as the hub counts mistralai/Mixtral-8x7B-v0.1
-    assert active(small) == pytest.approx(12.9e9, rel=2e-3)
-    assert parameters(large) == pytest.approx(141e9, rel=3e-3)
-    assert active(large) == pytest.approx(39e9, rel=5e-3)
+    assert active(cfg) == pytest.approx(96.6e9, rel=1e-3)
+    assert round(parameters(cfg) / 1e12, 1) == 1.2
 
 
 # --- configs ---------------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def test_rows_of_a_ring_keep_their_order_where_experts_take_tokens_as_they_come(
         (("mesh.pipe=2", "accumulate=2", SILENT, "pipeline.schedule={kind: gpipe, slices: 2}"), {"capacity": SLOTS},
          "experts take tokens of whole rows up to their capacity; set ffn.capacity to null"),
         (("mesh.pipe=2", "accumulate=2", SILENT, "pipeline.schedule={kind: gpipe, slices: 2}"), {"jitter": 0.1},
-         "dropout and jitter are drawn for whole rows; set model.dropout and ffn.jitter to 0"),
+         "jitter is drawn for whole rows; set ffn.jitter to 0"),
     ],
 )  # fmt: skip
 def test_what_a_pipeline_cannot_do_for_mixtures_is_refused(overrides, ffn, reason):
