@@ -129,10 +129,11 @@ def windows(full_every: int) -> Part:
         return {LAYERS: [{"attention.window": given.get("sliding_window") if slide else None} for slide in slides]}
 
     # Their classes want a window where no layer uses one.
-    return Part(ours, lambda cfg: {"sliding_window": 4096} | {k: v for k, v in _windowed(cfg).items() if v is not None})
+    return Part(ours, lambda cfg: {"sliding_window": 4096} | {k: v for k, v in windowed(cfg).items() if v is not None})
 
 
-def _windowed(cfg: DecoderConfig) -> dict[str, Any]:
+def windowed(cfg: DecoderConfig) -> dict[str, Any]:
+    """Which layers have a window, and the first one's size."""
     found = [cfg.layer(i).attention.window for i in range(cfg.num_layers)]
     types = ["full_attention" if w is None else "sliding_attention" for w in found]
     return {"layer_types": types, "sliding_window": next((w for w in found if w), None)}
@@ -148,7 +149,7 @@ def qwen_windows() -> Part:
         return {LAYERS: [{"attention.window": window if slide else None} for slide in slides]}
 
     def theirs(cfg: DecoderConfig) -> dict[str, Any]:
-        said = _windowed(cfg)
+        said = windowed(cfg)
         first = next((i for i, t in enumerate(said["layer_types"]) if t.startswith("sliding")), cfg.num_layers)
         return said | {"use_sliding_window": said["sliding_window"] is not None, "max_window_layers": first}
 

@@ -159,7 +159,8 @@ def resolved(cfg: AnyModel) -> AnyModel:
     def block(block: Block) -> Block:
         a = block.attention
         position = cfg.position_of(a) if per_layer else None
-        return block.model_copy(update={"attention": a.model_copy(update={
+        ffn = block.ffn.model_copy(update={"jitter": 0.0}) if block.ffn.kind == "moe" else block.ffn
+        return block.model_copy(update={"ffn": ffn, "attention": a.model_copy(update={
             "num_kv_heads": a.kv_heads, "head_dim": cfg.head_dim(a), "scale": a.scale or cfg.head_dim(a) ** -0.5,
             "position": position,
         })})  # fmt: skip

@@ -4,6 +4,7 @@ What lies in a folder beside its weights is kept as it is and goes back with the
 written without a change has the same files again, to the byte, and the same tensors.
 """
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.core.errors import CheckpointError, ConfigError
-from jaxllm.interop import decoders, encoders, remote, safetensors
+from jaxllm.interop import decoders, encoders, mixtures, remote, safetensors
 from jaxllm.interop.family import Family, differences, resolved
+from jaxllm.interop.names import Row
 from jaxllm.interop.weights import Kept, Weights, commonest, tensors_of
 from jaxllm.models.config import AnyModel
 
-FAMILIES = (*decoders.FAMILIES, *remote.FAMILIES, *encoders.FAMILIES)
+FAMILIES: tuple[Family, ...] = (*decoders.FAMILIES, *mixtures.FAMILIES, *remote.FAMILIES, *encoders.FAMILIES)
 BY_KIND = {kind: family for family in FAMILIES for kind in (family.kind, *family.also)}
 
 _KEPT = "weights.json"  # among the files of a source: how its tensors were named
@@ -144,18 +146,24 @@ def save_folder(
             config = {**source.config, **said}
     kept = source.kept if source is not None and source.family == family.kind else Kept()
     made = tensors_of(family, cfg, shapes, kept)
-    types = {n: np.result_type(*(dtypes[o] for o in row.ours)) for n, (_, row) in made.items()}
+    types = {n: np.result_type(*(dtypes[o] for o in row.ours)) for n, (_, row, _) in made.items()}
     if "config.json" not in files:
         config |= {"dtype": commonest(types.values()).name}
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     folder.mkdir(parents=True, exist_ok=True)
 
-    def produce(name: str) -> np.ndarray:
-        _, row = made[name]
-        theirs = row.form.theirs([np.asarray(read(o)) for o in row.ours])
-        return np.ascontiguousarray(theirs[0]).astype(types[name], copy=False)
+    def of(row: Row) -> list[np.ndarray]:
+        return row.form.theirs([np.asarray(read(o)) for o in row.ours])
 
-    specs = {n: safetensors.Spec(types[n], shape) for n, (shape, _) in made.items()}
+    # Tensors are asked for by name: of an expert after those of the one before, of all matrices of a layer in turn.
+    together = functools.lru_cache(maxsize=3)(of)
+
+    def produce(name: str) -> np.ndarray:
+        _, row, i = made[name]
+        theirs = (of if len(row.theirs) == 1 else together)(row)
+        return np.ascontiguousarray(theirs[i]).astype(types[name], copy=False)
+
+    specs = {n: safetensors.Spec(types[n], shape) for n, (shape, _, _) in made.items()}
     written = safetensors.write_folder(folder, specs, produce=produce, shard_bytes=shard_bytes)
     for name, data in files.items():
         (folder / name).write_bytes(data)

@@ -151,6 +151,14 @@ def in_shares(order: Sequence[int], shares: int) -> Form:
     return Form(ours, back)
 
 
+def _stacked(theirs: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+    return [np.stack([x.T for x in theirs]).reshape(shapes[0])]
+
+
+STACKED = Form(_stacked, lambda ours: [x.T for x in ours[0]])  # experts: matrices [out, in], ours [expert, in, out]
+ROW = Form(_reshaped, lambda ours: [x[None] for x in ours])  # [1, in], ours [in]
+
+
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +196,11 @@ def elements_fused(theirs: str) -> Table:
         Row((f"{theirs}.weight",), tuple(map(_weight, QKV)), by_element()),
         Row((f"{theirs}.bias",), tuple(map(_bias, QKV)), by_element(bias=True)),
     )
+
+
+def experts(theirs: str, ours: str, count: int) -> Table:
+    """Weights of `count` modules, `{e}` standing for the number of each."""
+    return (Row(tuple(f"{theirs}.weight".replace("{e}", str(e)) for e in range(count)), (_weight(ours),), STACKED),)
 
 
 def norm(theirs: str, ours: str) -> Table:

@@ -142,16 +142,17 @@ def _placer(sharding: Sharding | None):
 
 def tensors_of(
     family: Family, cfg: AnyModel, shapes: Mapping[str, Any], kept: Kept = Kept()
-) -> dict[str, tuple[tuple[int, ...], Row]]:
-    """By name of theirs, in the order of the model: the shape of a tensor and the row that makes it.
+) -> dict[str, tuple[tuple[int, ...], Row, int]]:
+    """By name of theirs, in the order of the model: the shape of a tensor, the row that makes it, its place in that.
 
     Args:
       shapes: logical name -> shape.
     """
-    out: dict[str, tuple[tuple[int, ...], Row]] = {}
+    out: dict[str, tuple[tuple[int, ...], Row, int]] = {}
     for row in rows_of(family.table(cfg), shapes):
-        for n, shape in zip(row.theirs, shapes_of_theirs(row.form, tuple(shapes[o] for o in row.ours)), strict=True):
-            out[n.removeprefix(family.prefix) if kept.bare else n] = shape, row
+        made = shapes_of_theirs(row.form, tuple(shapes[o] for o in row.ours))
+        for i, (n, shape) in enumerate(zip(row.theirs, made, strict=True)):
+            out[n.removeprefix(family.prefix) if kept.bare else n] = shape, row, i
     repeats = _repeats(family, cfg)
     for n in kept.tied:
         out[n] = next(made for made in out.values() if repeats[n] in made[1].ours)

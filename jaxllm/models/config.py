@@ -162,6 +162,88 @@ class FFN(Config):
     bias: bool = False  # biases on all its projections
 
 
+class _Router(Config):
+    renormalise: bool = True  # weights of the chosen experts are divided by their sum
+    bias: bool = False  # a bias on the logits
+    scale: float = Field(1.0, gt=0)  # the weights are multiplied by this (DeepSeek-V2's routed_scaling_factor)
+
+
+class SoftmaxRouter(_Router):
+    """Softmax over all experts, then the k largest (Shazeer et al. 2017, arXiv:1701.06538; Switch, arXiv:2101.03961).
+
+    Renormalised this is the softmax over the logits of the chosen alone (Mixtral, arXiv:2401.04088, section 2.1);
+    Switch, Qwen2-MoE and OLMoE (arXiv:2409.02060) take the probabilities as they are.
+    """
+
+    kind: Literal["softmax"] = "softmax"
+
+
+class SigmoidRouter(_Router):
+    """Each expert has a sigmoid of its own; the k largest (DeepSeek-V3, arXiv:2412.19437, equations 13-15)."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+
+
+Router = union(SoftmaxRouter, SigmoidRouter)
+
+
+class Factor(Config):
+    """ceil(factor k T / E) tokens of a row of T (Switch, arXiv:2101.03961, equation 3; GShard, arXiv:2006.16668)."""
+
+    kind: Literal["factor"] = "factor"
+    factor: float = Field(1.25, gt=0)  # times an expert's share of even use
+
+
+class Slots(Config):
+    """So many tokens of a row, however long it is (as transformers counts for Switch)."""
+
+    kind: Literal["slots"] = "slots"
+    slots: int = Field(64, gt=0)  # tokens
+
+
+Capacity = union(Factor, Slots)
+
+
+class Shared(Config):
+    """A feed-forward that every token passes beside its experts (DeepSeekMoE, arXiv:2401.06066, section 3.2)."""
+
+    mlp: int = Field(2048, gt=0)  # width of the hidden layer, of all shared experts together
+    gate: bool = False  # multiplied by sigmoid(x w) (Qwen2-MoE, arXiv:2407.10671)
+
+
+class MoE(Config):
+    """Feed-forwards of which a router gives each token its k best, weighted (Shazeer et al. 2017, arXiv:1701.06538).
+
+    Dispatch is dense: every expert computes every token, those that were not chosen with weight 0. The router computes
+    in float32 (Switch, arXiv:2101.03961, section 2.4). What keeps experts evenly used is `router` of the objective.
+    """
+
+    kind: Literal["moe"] = "moe"
+    experts: int = Field(8, gt=0)  # feed-forwards to choose from
+    top_k: int = Field(2, gt=0)  # that a token is sent to
+    mlp: int = Field(2048, gt=0)  # width of an expert's hidden layer
+    activation: Activation = "silu"  # as of a dense feed-forward
+    glu: bool = True  # multiply by a gate
+    bias: bool = False  # biases on all projections of the experts
+    router: Router = SoftmaxRouter()  # how tokens choose
+    shared: Shared | None = None  # a feed-forward for every token; null: none
+    capacity: Capacity | None = None  # tokens an expert takes of a row, first ones first; null: all that choose it
+    jitter: float = Field(0.0, ge=0, lt=1)  # router inputs are multiplied by 1 +- this in training (Switch: 0.01)
+
+    @model_validator(mode="after")
+    def _enough_experts(self):
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k={self.top_k} must not be above experts={self.experts}")
+        return self
+
+
+def _dense_unless_said(value: Any) -> Any:
+    return {"kind": "dense", **value} if isinstance(value, dict) else value
+
+
+FeedForward = Annotated[union(FFN, MoE), BeforeValidator(_dense_unless_said)]
+
+
 class Dropout(Config):
     """Probabilities of zeroing, in training only (Srivastava et al. 2014)."""
 
@@ -177,7 +259,13 @@ class Block(Config):
     placement: Placement = Pre()  # where the norms stand
     attention: Attention = Attention()  # the attention
     cross: Attention | None = None  # attention to an encoder's output, between the two (decoders of encoder-decoders)
-    ffn: FFN = FFN()  # the feed-forward
+    ffn: FeedForward = FFN()  # the feed-forward
+
+    @model_validator(mode="after")
+    def _norms_have_a_place(self):
+        if self.placement.kind == "subln" and self.ffn.kind == "moe":
+            raise ValueError("placement=subln puts a norm into the feed-forward, and ffn=moe has many; take another")
+        return self
 
 
 # --- initialisation ------------------------------------------------------------------------------------------
@@ -318,6 +406,20 @@ class Stack(Config):
         return tuple(dict.fromkeys(rope for rope in every if rope[0].kind in ("rope", "rope_2d")))
 
     @property
+    def draws(self) -> bool:
+        """Whether training draws random numbers: for dropout, random positions, or the jitter of routers."""
+        return (
+            any(self.dropout.model_dump().values())
+            or self.random_positions is not None
+            or any(moe.jitter for moe in self.mixtures)
+        )
+
+    @property
+    def mixtures(self) -> tuple[MoE, ...]:
+        """The mixtures of the repeating group."""
+        return tuple(b.ffn for b in self.blocks if isinstance(b.ffn, MoE))
+
+    @property
     def table_width(self) -> int:
         return self.table or self.embed
 
@@ -349,6 +451,8 @@ class DecoderConfig(Stack):
                 raise ValueError(f"query_layer: embed={self.embed} must be a multiple of num_heads={a.num_heads}")
             if self.query_layer.cross is not None or self.query_layer.placement.kind != "pre":
                 raise ValueError("query_layer takes placement=pre and no cross")
+            if self.query_layer.ffn.kind != "dense":
+                raise ValueError("query_layer takes ffn=dense")
         return self
 
     def build(self, seed: int = 0) -> "Decoder":
@@ -503,6 +607,14 @@ class EncoderDecoderConfig(Config):
     @property
     def context(self) -> int:
         return self.decoder.context
+
+    @property
+    def draws(self) -> bool:
+        return self.encoder.draws or self.decoder.draws
+
+    @property
+    def mixtures(self) -> tuple[MoE, ...]:
+        return self.encoder.mixtures + self.decoder.mixtures
 
     def build(self, seed: int = 0) -> "EncoderDecoder":
         """The model with freshly initialised float32 weights."""

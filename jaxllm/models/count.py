@@ -1,9 +1,13 @@
-"""Parameters and floating-point operations of a decoder, as closed formulas of its config; needs no JAX."""
+"""Parameters and floating-point operations of a decoder, as closed formulas of its config; needs no JAX.
+
+A token passes through a part of a mixture only: `active` counts that part, and a model's FLOPs are those of the experts
+that a token chooses. Dense dispatch computes all of them (`chosen=False`).
+"""
 
 from typing import NamedTuple
 
 from jaxllm.core.errors import ConfigError
-from jaxllm.models.config import Attention, Block, DecoderConfig, Norm
+from jaxllm.models.config import FFN, Attention, Block, DecoderConfig, MoE, Norm
 from jaxllm.models.masks import Coords
 
 
@@ -27,6 +31,15 @@ def non_embedding(cfg: DecoderConfig) -> int:
     """Parameters without token and position tables and without the head (Kaplan et al. 2020, arXiv:2001.08361)."""
     tables = ("embedding", "positions", "query_positions", "head", "head_bias")
     return sum(n for name, n in parts(cfg).items() if name not in tables)
+
+
+def active(cfg: DecoderConfig) -> int:
+    """Parameters that a token passes through: all but those of experts it does not choose; tables count whole."""
+    idle = 0
+    for i in range(cfg.num_layers):
+        if (f := cfg.layer(i).ffn).kind == "moe":
+            idle += (f.experts - f.top_k) * _feed_forward(cfg, f.mlp, f)
+    return parameters(cfg) - idle
 
 
 def parts(cfg: DecoderConfig) -> dict[str, int]:
@@ -58,7 +71,10 @@ def block_parts(cfg: DecoderConfig, block: Block) -> dict[str, int]:
     H, placement = cfg.head_dim(a), block.placement
     N, K = a.num_heads * H, a.kv_heads * H
     attention = attention_weights(cfg, a) + a.bias * (N + 2 * K) + a.out_bias * D
-    ffn = ffn_weights(cfg, block) + f.bias * ((1 + f.glu) * f.mlp + D)
+    ffn = (f.experts if f.kind == "moe" else 1) * _feed_forward(cfg, f.mlp, f)
+    if f.kind == "moe":
+        ffn += (D + f.router.bias) * f.experts
+        ffn += _feed_forward(cfg, f.shared.mlp, f) + f.shared.gate * D if f.shared else 0
     outer = {"parallel": getattr(placement, "norms", 2), "sandwich": 4}.get(placement.kind, 2)
     norms = outer * _norm(block.norm, D)
     if placement.kind == "subln":
@@ -73,12 +89,27 @@ def attention_weights(cfg: DecoderConfig, a: Attention) -> int:
     return 2 * cfg.embed * cfg.head_dim(a) * (a.num_heads + a.kv_heads)
 
 
-def ffn_weights(cfg: DecoderConfig, block: Block) -> int:
-    """Elements of the two or, with a gate, three matrices."""
-    return (2 + block.ffn.glu) * cfg.embed * block.ffn.mlp
+def ffn_weights(cfg: DecoderConfig, block: Block, *, chosen: bool = True) -> int:
+    """Elements of the matrices that a token is multiplied by: two or, with a gate, three.
+
+    Args:
+      chosen: of a mixture, counts the experts that a token chooses; else all of them. Router and shared experts count.
+    """
+    f, D = block.ffn, cfg.embed
+    if f.kind == "dense":
+        return (2 + f.glu) * D * f.mlp
+    routing = D * f.experts + (f.shared.gate * D if f.shared else 0)
+    return routing + (2 + f.glu) * D * ffn_width(f, chosen=chosen)
 
 
-def flops_per_token(cfg: DecoderConfig, length: int, *, causal: bool = True) -> Flops:
+def ffn_width(f: FFN | MoE, *, chosen: bool = True) -> int:
+    """Elements of the hidden layers that are computed for a token; `chosen` as above."""
+    if f.kind == "dense":
+        return f.mlp
+    return (f.top_k if chosen else f.experts) * f.mlp + (f.shared.mlp if f.shared else 0)
+
+
+def flops_per_token(cfg: DecoderConfig, length: int, *, causal: bool = True, chosen: bool = True) -> Flops:
     """FLOPs of matrix products per token of sequences of `length` tokens, each one document.
 
     Each weight of a product costs 2 in the forward pass (looking up an embedding costs nothing, the head counts
@@ -90,12 +121,14 @@ def flops_per_token(cfg: DecoderConfig, length: int, *, causal: bool = True) -> 
     Args:
       causal: counts the pairs that mask and window let see, about half of PaLM's; else the whole square, as PaLM
         does and as attention without a kernel computes it. The first gives the lower utilisation.
+      chosen: counts the experts that a token chooses; else all, as dense dispatch computes them.
     """
     forward = 2.0 * cfg.table_width * vocabulary(cfg) + (4.0 * cfg.table * cfg.embed if cfg.table else 0)
     for block in (*map(cfg.layer, range(cfg.num_layers)), *filter(None, [cfg.query_layer])):
         a = block.attention
         keys = visible_pairs(a, length) / length if causal else length
-        forward += 2 * (attention_weights(cfg, a) + ffn_weights(cfg, block)) + 4 * a.num_heads * cfg.head_dim(a) * keys
+        forward += 2 * (attention_weights(cfg, a) + ffn_weights(cfg, block, chosen=chosen))
+        forward += 4 * a.num_heads * cfg.head_dim(a) * keys
     return Flops(forward, 2 * forward)
 
 
@@ -115,6 +148,11 @@ def vocabulary(cfg: DecoderConfig) -> int:
     if cfg.vocab is None:
         raise ConfigError("model.vocab is not set, so its parameters cannot be counted; give the number of tokens")
     return cfg.vocab
+
+
+def _feed_forward(cfg: DecoderConfig, width: int, f: FFN | MoE) -> int:
+    """Parameters of one feed-forward of this width, made as `f` says."""
+    return (2 + f.glu) * cfg.embed * width + f.bias * ((1 + f.glu) * width + cfg.embed)
 
 
 def _norm(norm: Norm, size: int) -> int:

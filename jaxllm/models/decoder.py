@@ -13,7 +13,7 @@ from jaxllm.core.shapes import Array, Bool, Float, Int, Key
 from jaxllm.models.config import Block as BlockConfig
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.layers.attention import KV, Tokens
-from jaxllm.models.layers.block import Block, Layer, Memory, drop
+from jaxllm.models.layers.block import Block, Layer, Memory, Watch, drop
 from jaxllm.models.layers.init import Weight, std
 from jaxllm.models.layers.linear import linear, lookup
 from jaxllm.models.layers.norm import Norm
@@ -106,6 +106,7 @@ class Decoder(Stack):
         index_BT: Int[Array, "#B T"] | None = None,
         block_BT: Int[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
+        watch: Watch | None = None,
     ) -> Float[Array, "B T V"]:
         """float32 logits of the token after each token.
 
@@ -117,9 +118,11 @@ class Decoder(Stack):
           block_BT: for `rope_2d`, place in the span that a token is of, from 1; 0 in the prompt. Positions are then
             places in the prompt, of a token of a span that of its mask. None: what follows the prefix is one span, and
             the prefix ends in its mask.
-          key: turns dropout on.
+          key: turns dropout on, and the jitter of routers.
+          watch: is told once what the routers of all mixtures did, if there are any: `Routing` of arrays, one element
+            a mixture.
         """
-        told = {"prefix_BT": prefix_BT, "index_BT": index_BT, "block_BT": block_BT, "key": key}
+        told = {"prefix_BT": prefix_BT, "index_BT": index_BT, "block_BT": block_BT, "key": key, "watch": watch}
         return self.logits(self.hidden(tokens_BT, positions_BT, documents_BT, **told))
 
     def hidden(
@@ -134,6 +137,7 @@ class Decoder(Stack):
         key: Key[Array, ""] | None = None,
         table_VD: Float[Array, "V D"] | None = None,
         memory: Memory | None = None,
+        watch: Watch | None = None,
     ) -> Float[Array, "B T D"]:
         """What the head turns into logits: the residual stream after the last norm."""
         self.check_length(tokens_BT.shape[1])
@@ -142,7 +146,7 @@ class Decoder(Stack):
         if block_BT is not None:
             tokens = tokens._replace(two=(positions_BT, block_BT))
         x_BTD = self.embed(tokens_BT, positions_BT, key, table_VD)
-        x_BTD, _ = self.layers(x_BTD, tokens, key, memory=memory)
+        x_BTD, _ = self.layers(x_BTD, tokens, key, memory=memory, watch=watch)
         return self.top(self.final(x_BTD), tokens, key)[0]
 
     def top(

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxllm.core.axes import constrain
 from jaxllm.core.shapes import Array, Float, Int, Key
 from jaxllm.models.config import OF_ROWS, EncoderConfig, LayerNorm
-from jaxllm.models.layers.block import Layer, drop
+from jaxllm.models.layers.block import Layer, Watch, drop
 from jaxllm.models.layers.ffn import activate
 from jaxllm.models.layers.init import Weight, std
 from jaxllm.models.layers.linear import linear, lookup
@@ -64,6 +64,7 @@ class Encoder(Stack):
         segments_BT: Int[Array, "B T"] | None = None,
         tasks_BT: Int[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
+        watch: Watch | None = None,
     ) -> Outputs:
         """What each head says, float32, by its kind: `mlm` [B, T, V], `rtd` [B, T], `tokens` [B, T, labels], `qa`
         [B, T, 2] (start, end), `classification` [B, labels], `nsp` and `sop` [B, 2].
@@ -71,9 +72,8 @@ class Encoder(Stack):
         Heads of rows judge the first token of each row. Arguments as `Decoder` has them; segments and tasks are 0 where
         they are not given.
         """
-        return self.judge(
-            self.hidden(tokens_BT, positions_BT, documents_BT, segments_BT=segments_BT, tasks_BT=tasks_BT, key=key)
-        )
+        told = {"segments_BT": segments_BT, "tasks_BT": tasks_BT, "key": key, "watch": watch}
+        return self.judge(self.hidden(tokens_BT, positions_BT, documents_BT, **told))
 
     def hidden(
         self,
@@ -85,12 +85,13 @@ class Encoder(Stack):
         tasks_BT: Int[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
         table_VD: Float[Array, "V D"] | None = None,
+        watch: Watch | None = None,
     ) -> Float[Array, "B T D"]:
         """What the last layer says of each token."""
         self.check_length(tokens_BT.shape[1])
         positions_BT = self.placed(positions_BT, key)
         x_BTD = self.embed(tokens_BT, positions_BT, segments_BT, tasks_BT, key, table_VD)
-        x_BTD, _ = self.layers(x_BTD, row_tokens(positions_BT, documents_BT), key)
+        x_BTD, _ = self.layers(x_BTD, row_tokens(positions_BT, documents_BT), key, watch=watch)
         return self.final(x_BTD)
 
     def embed(
@@ -118,11 +119,11 @@ class Encoder(Stack):
             x_BTD = self.projection(x_BTD)
         return constrain(x_BTD, "batch", "norm_seq", "embed")
 
-    def group(self, blocks, x_BTD, context, first, key=None, see=None, *, keep=False, scanned=True):
+    def group(self, blocks, x_BTD, context, first, key=None, see=None, **told):
         before_BTD, kvs = x_BTD, ()
         for i in range(self.cfg.repeat):
             again = None if key is None else jax.random.fold_in(key, i)
-            x_BTD, kvs = super().group(blocks, x_BTD, context, first, again, see, keep=keep, scanned=scanned)
+            x_BTD, kvs = super().group(blocks, x_BTD, context, first, again, see, **told)
         if self.cfg.convolution:
             beside = lambda x_BTD: self.convolution(x_BTD, before_BTD, context)
             x_BTD = jax.lax.cond(first == 0, beside, lambda x_BTD: x_BTD, x_BTD)

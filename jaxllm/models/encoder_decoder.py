@@ -9,7 +9,7 @@ from jaxllm.models.config import EncoderDecoderConfig
 from jaxllm.models.decoder import Cache, Decoder
 from jaxllm.models.encoder import Encoder
 from jaxllm.models.layers.attention import KV, Tokens
-from jaxllm.models.layers.block import Memory
+from jaxllm.models.layers.block import Memory, Watch
 from jaxllm.models.layers.init import Weight, std
 from jaxllm.models.layers.param import param
 from jaxllm.models.remat import Remat
@@ -37,16 +37,17 @@ class EncoderDecoder(nnx.Module):
         read_positions_BS: Int[Array, "B S"],
         read_documents_BS: Int[Array, "B S"],
         key: Key[Array, ""] | None = None,
+        watch: Watch | None = None,
     ) -> Float[Array, "B T V"]:
         """float32 logits of the token after each token of the output.
 
         Args: as `Decoder` has them, of the output; `read_...` of the input. A document of the output sees the document
-        of the input with the same id.
+        of the input with the same id. `watch` is told of the routers of each side in turn.
         """
         at, on = (None, None) if key is None else jax.random.split(key)
-        memory = self.read(read_BS, read_positions_BS, read_documents_BS, at)
+        memory = self.read(read_BS, read_positions_BS, read_documents_BS, at, watch)
         x_BTD = self.decoder.hidden(
-            tokens_BT, positions_BT, documents_BT, key=on, table_VD=self.table, memory=memory
+            tokens_BT, positions_BT, documents_BT, key=on, table_VD=self.table, memory=memory, watch=watch
         )
         return self.decoder.logits(x_BTD, self.table)
 
@@ -61,9 +62,10 @@ class EncoderDecoder(nnx.Module):
         positions_BS: Int[Array, "B S"],
         documents_BS: Int[Array, "B S"],
         key: Key[Array, ""] | None = None,
+        watch: Watch | None = None,
     ) -> Memory:
         """What the encoder makes of the input."""
-        x_BSD = self.encoder.hidden(tokens_BS, positions_BS, documents_BS, key=key, table_VD=self.table)
+        x_BSD = self.encoder.hidden(tokens_BS, positions_BS, documents_BS, key=key, table_VD=self.table, watch=watch)
         index_1S = -1 - jnp.arange(tokens_BS.shape[1])[None]
         return Memory(x_BSD, Tokens(index_1S, positions_BS, documents_BS, jnp.zeros((1, 1), bool)))
 

@@ -13,9 +13,10 @@ from jaxllm.models.config import Block as BlockConfig
 from jaxllm.models.config import Stack as StackConfig
 from jaxllm.models.layers import relative
 from jaxllm.models.layers.attention import KV, Tokens
-from jaxllm.models.layers.block import Block, Layer, Memory
+from jaxllm.models.layers.block import Block, Layer, Memory, Watch
 from jaxllm.models.layers.init import Weight, std
 from jaxllm.models.layers.linear import lookup
+from jaxllm.models.layers.moe import Routing
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import param
 from jaxllm.models.layers.position import Rotation, document_lengths, rotation, rotation_2d, sinusoids, spread
@@ -49,9 +50,7 @@ class Stack(nnx.Module):
             [make(cfg, cfg.layer(i), jax.random.fold_in(key, i)) for i in range(P * G, cfg.num_layers)]
         )
         attention = cfg.blocks[0].attention
-        self.relative = relative.make(
-            cfg, attention.num_heads, cfg.head_dim(attention), rngs=rngs, layered=False
-        )
+        self.relative = relative.make(cfg, attention.num_heads, cfg.head_dim(attention), rngs=rngs, layered=False)
         if cfg.final_norm:
             self.final_norm = Norm(cfg.blocks[-1].norm, embed=cfg.embed)
 
@@ -106,19 +105,31 @@ class Stack(nnx.Module):
         key: Key[Array, ""] | None = None,
         keep: bool = False,
         memory: Memory | None = None,
+        watch: Watch | None = None,
     ):
-        """The residual stream after all layers; with `keep` also each layer's keys and values, as `Cache` has them."""
+        """The residual stream after all layers; with `keep` also each layer's keys and values, as `Cache` has them.
+
+        Args:
+          watch: is told once what the routers of all mixtures did, if there are any: `Routing` of arrays, one element
+            a mixture.
+        """
         cfg, P = self.cfg, len(self.cfg.blocks)
         context = self.context(tokens, memory)
 
         def group(x_BTD, group_blocks):
-            first, blocks = group_blocks
-            return self.group(blocks, x_BTD, context, first, key, keep=keep, scanned=self.scan and cfg.num_groups > 1)
+            (first, blocks), seen = group_blocks, []
+            told = {"keep": keep, "scanned": self.scan and cfg.num_groups > 1, "watch": watch and seen.append}
+            x_BTD, kvs = self.group(blocks, x_BTD, context, first, key, **told)
+            return x_BTD, (kvs, seen)
 
-        firsts = P * jnp.arange(cfg.num_groups)
-        x_BTD, kvs = jax.lax.scan(group, x_BTD, (firsts, tuple(self.blocks)), unroll=1 if self.scan else cfg.num_groups)
-        last = jnp.int32(P * cfg.num_groups)
-        x_BTD, tail = self.group(tuple(self.tail), x_BTD, context, last, key, keep=keep, scanned=False)
+        firsts, unroll = P * jnp.arange(cfg.num_groups), 1 if self.scan else cfg.num_groups
+        x_BTD, (kvs, seen) = jax.lax.scan(group, x_BTD, (firsts, tuple(self.blocks)), unroll=unroll)
+        last, late = jnp.int32(P * cfg.num_groups), []
+        told = {"keep": keep, "scanned": False, "watch": watch and late.append}
+        x_BTD, tail = self.group(tuple(self.tail), x_BTD, context, last, key, **told)
+        if seen or late:
+            late = [jax.tree.map(lambda x: x[None], routing) for routing in late]
+            watch(jax.tree.map(lambda *xs: jnp.concatenate(xs), *seen, *late))
         return x_BTD, (kvs, tail)
 
     def group(
@@ -132,29 +143,33 @@ class Stack(nnx.Module):
         *,
         keep: bool = False,
         scanned: bool = True,
+        watch: Watch | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[KV | None, ...]]:
         """The residual stream after these layers, numbered from `first`; with `keep` their keys and values.
 
         Args:
           see: (place in the group, keys and values) -> all those to attend to; None: only its own.
           scanned: runs in a loop, which hides from XLA that the backward pass computes something again.
+          watch: is told what the router of each mixture did.
         """
 
-        def run(block: Block, x_BTD: Array, s: int) -> tuple[Array, KV | None]:
-            kept = []
+        def run(block: Block, x_BTD: Array, s: int) -> tuple[Array, KV | None, list[Routing]]:
+            kept, seen = [], []
 
             def remember(new: KV) -> tuple[KV, Tokens]:
                 kept.append(new)
                 return (new, context.tokens) if see is None else see(s, new)
 
             layer_key = None if key is None else jax.random.fold_in(key, first + s)
-            x_BTD = block(x_BTD, context, remember, layer_key)
-            return x_BTD, kept[0] if keep else None
+            x_BTD = block(x_BTD, context, remember, layer_key, watch=watch and seen.append)
+            return x_BTD, kept[0] if keep else None, seen
 
         kvs = []
         for s, block in enumerate(blocks):
-            x_BTD, kv = remat(functools.partial(run, s=s), self.remat, scanned=scanned)(block, x_BTD)
+            x_BTD, kv, seen = remat(functools.partial(run, s=s), self.remat, scanned=scanned)(block, x_BTD)
             kvs.append(kv)
+            for routing in seen:
+                watch(routing)
         return x_BTD, tuple(kvs)
 
     def final(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

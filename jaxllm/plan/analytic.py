@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.models.config import DecoderConfig, Keep
-from jaxllm.models.count import attention_weights, ffn_weights, flops_per_token, parameters, parts, vocabulary
+from jaxllm.models.count import (
+    attention_weights,
+    ffn_weights,
+    ffn_width,
+    flops_per_token,
+    parameters,
+    parts,
+    vocabulary,
+)
 from jaxllm.plan.network import Numbers, wires
 from jaxllm.plan.topology import Topology
 
@@ -54,7 +62,7 @@ class Sizes(NamedTuple):
 
 @functools.lru_cache(256)
 def sizes(cfg: DecoderConfig, length: int) -> Sizes:
-    """What the formulas need to know of a decoder."""
+    """What the formulas need to know of a decoder. Of mixtures all experts are used: dispatch is dense."""
     blocks = [cfg.layer(i) for i in range(cfg.num_layers)]
 
     def mean(values) -> float:
@@ -63,15 +71,19 @@ def sizes(cfg: DecoderConfig, length: int) -> Sizes:
     in_layers = sum(n for name, n in parts(cfg).items() if name.startswith("layers."))
     flops = flops_per_token(cfg, length)
     weights = sum(attention_weights(cfg, b.attention) + ffn_weights(cfg, b) for b in blocks)
+    wide = mean(b.ffn.mlp for b in blocks)
+    shared = [s.mlp for b in blocks if (s := getattr(b.ffn, "shared", None))]
     return Sizes(
         length=length, layers=cfg.num_layers, groups=cfg.num_groups, embed=cfg.embed, vocab=vocabulary(cfg),
         heads=math.gcd(*(b.attention.num_heads for b in blocks)),
-        kv_heads=math.gcd(*(b.attention.kv_heads for b in blocks)), mlp=math.gcd(*(b.ffn.mlp for b in blocks)),
+        kv_heads=math.gcd(*(b.attention.kv_heads for b in blocks)), mlp=math.gcd(*(b.ffn.mlp for b in blocks), *shared),
         queries=mean(b.attention.num_heads * cfg.head_dim(b.attention) for b in blocks),
         keys=mean(b.attention.kv_heads * cfg.head_dim(b.attention) for b in blocks),
-        wide=mean(b.ffn.mlp for b in blocks), ups=mean(1 + b.ffn.glu for b in blocks),
+        wide=wide, ups=mean(1 + b.ffn.glu for b in blocks),
         layer_parameters=in_layers / cfg.num_layers, tables=parameters(cfg) - in_layers,
         pairs=(flops.forward - 2 * weights - 2 * cfg.embed * vocabulary(cfg)) / cfg.num_layers, flops=flops.train,
+        stored=mean(getattr(b.ffn, "experts", 1) for b in blocks),
+        used=mean(ffn_width(b.ffn, chosen=False) for b in blocks) / wide,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxllm.core.errors import ConfigError, UserError
-from jaxllm.models.count import parameters
+from jaxllm.models.count import active, parameters
 from jaxllm.plan.analytic import memory
 from jaxllm.plan.chips import GIB
 from jaxllm.plan.explain import block, explain, memory_parts, mesh_in_words, remat_in_words
@@ -91,7 +91,7 @@ def plan(cfg: RunConfig, asked: Asked = Asked(), file: Path | None = None) -> di
     )  # fmt: skip
     count = parameters(cfg.model)
     known, lines = _unproven(cfg, on) if proof is None else (proof.record(), _proof_lines(proof))
-    record |= {"parameters": count, "config": cfg.model_dump(mode="json")}
+    record |= {"parameters": count, "active_parameters": active(cfg.model), "config": cfg.model_dump(mode="json")}
     record |= known | prediction.record() | {"training": cost.record()}
     print("\n".join(_lines(cfg, on, count, lines, prediction, cost)))
     if file is not None:
@@ -153,7 +153,11 @@ def _ranked(p: Plan) -> dict[str, Any]:
 
 
 def _lines(cfg: RunConfig, on: Topology, count: int, known: list[str], prediction: Prediction, cost: Cost) -> list[str]:
-    what = f"{_scaled(count, 'KMBT')} parameters on {on}, {cfg.batch} rows of {cfg.model.context} tokens a step"
+    used = active(cfg.model)
+    of_them = f" ({_scaled(used, 'KMBT')} active in a token, though all experts compute it)" if used < count else ""
+    what = (
+        f"{_scaled(count, 'KMBT')} parameters{of_them} on {on}, {cfg.batch} rows of {cfg.model.context} tokens a step"
+    )
     return ["", what, *known, f"step       {prediction}", f"training   {cost}"]
 
 

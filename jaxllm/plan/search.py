@@ -118,8 +118,14 @@ def _refusals(cfg: RunConfig, mesh: Mesh, on: Topology) -> list[str]:
             (f"model.vocab={s.vocab}", s.vocab, weights.vocab), (f"num_heads={s.heads}", s.heads, weights.heads),
             (f"num_kv_heads={s.kv_heads}", s.kv_heads, weights.kv_heads), (f"ffn.mlp={s.mlp}", s.mlp, weights.mlp),
             (f"model.embed={s.embed}", s.embed, weights.embed),
+            *((f"ffn.experts={moe.experts}", moe.experts, weights.experts) for moe in cfg.model.mixtures),
         ]  # fmt: skip
     found = []
+    if mesh.expert > 1 and cfg.model.mixtures:
+        found.append(
+            f"mesh.expert={mesh.expert} of a mixture: the formulas know no shares of experts; let the compiler plan "
+            "(without --formulas), or share experts out over fsdp with mesh.expert=1"
+        )
     for what, size, axes in dict.fromkeys(sides):
         over = [axis for axis in axis_names(axes) if getattr(mesh, axis) > 1]
         devices = math.prod(getattr(mesh, axis) for axis in over)

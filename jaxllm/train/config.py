@@ -411,6 +411,13 @@ class RunConfig(Config):
                     f"{mesh} with {part}: replicas that differ are mapped over mesh axis data, and what is mapped "
                     f"cannot be cut into stages; set {part} to null"
                 )
+        routers = getattr(self.objective, "routers", None)
+        if model.mixtures and routers and (routers.balance or routers.z_loss):
+            found.append(
+                f"{mesh} with objective.routers={{balance: {routers.balance}, z_loss: {routers.z_loss}}}: the last stage "
+                "computes the loss, and hears nothing of the routers before it; set objective.routers.balance and "
+                "objective.routers.z_loss to 0"
+            )
         if self.offload.optimizer or self.offload.parameters:
             found.append(
                 f"{mesh} with offload: it visits one group of layers after the other, and they are spread over "
@@ -436,6 +443,10 @@ class RunConfig(Config):
                 block.attention.mask.causal for block in self.model.blocks
             ),
             "dropout is drawn for whole rows; set model.dropout to 0": any(self.model.dropout.model_dump().values()),
+            "jitter is drawn for whole rows; set ffn.jitter to 0": any(moe.jitter for moe in self.model.mixtures),
+            "experts take tokens of whole rows up to their capacity; set ffn.capacity to null": any(
+                moe.capacity for moe in self.model.mixtures
+            ),
             f"mesh axis {' x '.join(self.sharing_rows)} cuts rows too; set it to 1": self.sharing_rows,
             "they keep their inputs alone; set pipeline.recompute to true": not self.pipeline.recompute,
             "its angles depend on how long a whole document is; drop position.scaling": any(

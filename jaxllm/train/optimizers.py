@@ -1,7 +1,7 @@
 """Optimizers over the flat parameter dict, and what their state is made of.
 
-What an optimizer does to a parameter follows from its logical axes alone. Leading "layers" (stacked parameters) are
-a batch: every layer is updated as if it stood alone. "head_dim" belongs to the heads before it. What is then left
+What an optimizer does to a parameter follows from its logical axes alone. Leading "layers" and "experts" (stacked
+parameters) are a batch: each is updated as if it stood alone. "head_dim" belongs to the heads before it. What is then left
 are the sides of a weight: two for a matrix, (embed) x (heads, head_dim) for a query projection; one for a norm scale
 or a bias, (heads, head_dim) for the query's.
 """
@@ -18,7 +18,7 @@ from jaxllm.core.shapes import Array, Float, Int, PyTree
 from jaxllm.models.module import Axes
 from jaxllm.train.config import SGD, Adafactor, AdamW, Lion, Muon, Optimizer
 
-BATCH_AXES = ("layers",)  # stacked copies
+BATCH_AXES = ("layers", "experts")  # stacked copies, where they lead
 TABLE_AXES = ("vocab", "position")  # rows picked one at a time, or logits: no linear map between hidden states
 
 
@@ -28,7 +28,7 @@ def _sides(axes: tuple[str | None, ...]) -> tuple[tuple[int, ...], ...]:
     for i, axis in enumerate(axes):
         if axis == "head_dim" and sides:
             sides[-1] += (i,)
-        elif axis not in BATCH_AXES:
+        elif axis not in BATCH_AXES or sides:
             sides.append((i,))
     return tuple(sides)
 

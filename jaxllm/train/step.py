@@ -146,9 +146,9 @@ def train_step(
 ) -> tuple[TrainState, Sums]:
     """One step; `replica` is its number where several train apart."""
     cfg = setup.cfg
-    dropout = any(cfg.model.dropout.model_dump().values())
-    key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if dropout else None
-    if dropout and replica is not None:
+    draws = cfg.model.draws
+    key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if draws else None
+    if draws and replica is not None:
         key = jax.random.fold_in(key, replica)
     light = state._replace(params=weights(setup, state.params))
     grads, weight, sums = (gradients if cfg.compression is None else replica_gradients)(setup, light, batch, key)
@@ -305,10 +305,14 @@ def make_eval_step(setup: Setup) -> Callable[[Params, Batch], Sums]:
 
 
 def balanced(cfg: RunConfig, mesh: jax.sharding.Mesh) -> Context:
-    """`cfg.context`, balanced only where there is something to balance: rows are shared out, every layer is causal."""
+    """`cfg.context`, balanced only where there is something to balance: rows are shared out, every layer is causal.
+
+    Nor where experts take tokens as they come, up to their capacity: rows must lie in order.
+    """
     if not isinstance(cfg.context, Ring) or not cfg.context.balanced:
         return cfg.context
     causal = all(block.attention.mask.causal for block in cfg.model.blocks)
+    causal = causal and not any(moe.capacity for moe in cfg.model.mixtures)
     return Ring(balanced=causal and share_count(mesh, cfg.sharding.activations.seq) > 1)
 
 

@@ -15,6 +15,7 @@ from jaxllm.models.config import Stack
 from jaxllm.models.layers.relative import Module as Relative
 from jaxllm.models.layers.attention import KV, Attention, Tokens
 from jaxllm.models.layers.ffn import FFN
+from jaxllm.models.layers.moe import MoE, Routing
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.position import Rotation
 
@@ -39,13 +40,15 @@ class Layer(NamedTuple):
 
 # What attention reads and writes: (projected keys and values) -> (all keys and values to look at, where they stand).
 Remember = Callable[[KV], tuple[KV, Tokens]]
+# Is told what a router did.
+Watch = Callable[[Routing], None]
 
 
 class Block(nnx.Module):
     def __init__(self, cfg: Stack, block: BlockConfig, *, rngs: nnx.Rngs):
         self.cfg, self.placement = cfg, block.placement
         self.attention = Attention(cfg, block, rngs=rngs)
-        self.ffn = FFN(cfg, block, rngs=rngs)
+        self.ffn = {"dense": FFN, "moe": MoE}[block.ffn.kind](cfg, block, rngs=rngs)
         self.norm_attention = Norm(block.norm, embed=cfg.embed)
         if not (self.placement.kind == "parallel" and self.placement.norms == 1):
             self.norm_ffn = Norm(block.norm, embed=cfg.embed)
@@ -63,11 +66,13 @@ class Block(nnx.Module):
         remember: Remember,
         key: Key[Array, ""] | None = None,
         memory_kv: KV | None = None,
+        watch: Watch | None = None,
     ) -> Float[Array, "B T D"]:
         """The layer's output. `remember` sees each new key and value and says which to attend to.
 
         Args:
           memory_kv: keys and values of an encoder's output; None: they are computed of `layer.memory`.
+          watch: is told what the router did, if there is one.
         """
         keys = jax.random.split(key, 3) if key is not None else (None, None, None)
         x_BTD = checkpoint_name(x_BTD, "input")
@@ -93,7 +98,15 @@ class Block(nnx.Module):
             return drop(constrain(y, "batch", "norm_seq", "embed"), self.cfg.dropout.residual, on)
 
         def ffn(h_BTD):
-            y = self.ffn(constrain(h_BTD, "batch", "seq", "embed"))
+            h_BTD = constrain(h_BTD, "batch", "seq", "embed")
+            if isinstance(self.ffn, MoE):
+                y, routing = self.ffn(
+                    h_BTD, layer.tokens.document != 0, None if key is None else jax.random.fold_in(key, 3)
+                )
+                if watch is not None:
+                    watch(routing)
+            else:
+                y = self.ffn(h_BTD)
             return drop(constrain(y, "batch", "norm_seq", "embed"), self.cfg.dropout.residual, keys[2])
 
         def between(x_BTD):
