@@ -7,7 +7,6 @@ holds besides weights travels with a checkpoint, as `source/`, so that a model g
 
 import functools
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,21 +15,21 @@ import jax
 import numpy as np
 
 from jaxllm.core.errors import ConfigError, UserError
-from jaxllm.data import tokenizers
+from jaxllm.data.tokenizers.beside import BESIDE
+from jaxllm.data.tokenizers.export import save_hugging_face
+from jaxllm.data.tokenizers.files import has_tokenizer, is_tokenizer
 from jaxllm.interop import folder as hugging_face
 from jaxllm.interop import llamacpp, vocabulary
 from jaxllm.interop.gguf import open_gguf
 from jaxllm.interop.weights import commonest
 from jaxllm.models.config import AnyModel
-from jaxllm.pretrained import TOKENIZERS, tokenizer_of_folder
+from jaxllm.pretrained import TEXTS, Texts, texts_of_checkpoint, texts_of_folder, texts_of_gguf
 from jaxllm.train.checkpoint import Checkpointer, Extra, Unread, open_params
 from jaxllm.train.config import Checkpoints
 from jaxllm.train.initial import SOURCE
 
 BLOCKS = ("q8_0", "q4_0")  # dtypes that only GGUF files have
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what GGUF calls the others
-TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                   "merges.txt")  # fmt: skip
 
 
 class Found(NamedTuple):
@@ -41,7 +40,7 @@ class Found(NamedTuple):
     dtypes: Mapping[str, np.dtype]
     read: Callable[[str], np.ndarray]
     source: hugging_face.Source | None
-    save_tokenizer: Callable[[Path], Any] | None  # None: it has none
+    texts: Callable[[], Texts] | None  # None: it has no tokenizer
 
 
 def run(source: str | Path, destination: str | Path, *, dtype: str | None = None, family: str | None = None) -> Path:
@@ -89,46 +88,59 @@ def open_model(path: Path) -> tuple[Found, bool]:
     """The model at a path, and whether it is a run or checkpoint of ours."""
     if path.suffix == ".gguf":
         _, cfg, weights, file = llamacpp.open_model(path)
+        texts = functools.partial(texts_of_gguf, file)
         has_one = file.metadata.get("tokenizer.ggml.model", "none") != "none"
-        save = llamacpp.tokenizer(file)[0].save if has_one else None
         dtypes = dict.fromkeys(weights, np.dtype("float32"))
-        return Found(cfg, weights.shapes, dtypes, weights.__getitem__, None, save), False
+        return Found(cfg, weights.shapes, dtypes, weights.__getitem__, None, texts if has_one else None), False
     if (path / "config.json").is_file():
         read = hugging_face.open_folder(path)
         dtypes = {
             n: np.result_type(*(read.tensors[t].dtype for t in row.theirs)) for n, row in read.weights.row.items()
         }
-        has_one = any((path / name).is_file() for name in TOKENIZERS)
-        save = tokenizer_of_folder(path)[0].save if has_one else None
-        return Found(read.cfg, read.weights.shapes, dtypes, read.weights.__getitem__, read.source, save), False
+        texts = functools.partial(texts_of_folder, path) if has_tokenizer(path) else None
+        return Found(read.cfg, read.weights.shapes, dtypes, read.weights.__getitem__, read.source, texts), False
     stored = open_params(path)
     shapes, dtypes = ({n: getattr(x, what) for n, x in stored.leaves.items()} for what in ("shape", "dtype"))
     has_one = (stored.folder / "tokenizer").is_dir()
-    save = (lambda to: shutil.copytree(stored.folder / "tokenizer", to, dirs_exist_ok=True)) if has_one else None
+    texts = functools.partial(texts_of_checkpoint, stored.folder) if has_one else None
     read = lambda name: stored.leaves[name].read()
-    return Found(stored.model_cfg, shapes, dtypes, read, _source(stored.folder), save), True
+    return Found(stored.model_cfg, shapes, dtypes, read, _source(stored.folder), texts), True
 
 
 def _source(checkpoint: Path) -> hugging_face.Source | None:
-    """What came with a model, its tokenizer replaced by that of the checkpoint if it was trained with another."""
+    """What came with a model, without its tokenizer if the checkpoint was trained with another."""
     source, ours = hugging_face.read_source(checkpoint / SOURCE), checkpoint / "tokenizer"
-    if source is None or not ours.is_dir():
+    if source is None or not ours.is_dir() or (ours / TEXTS).is_file():  # the tokenizer came with it
         return source
-    files = {p.name: p.read_bytes() for p in ours.iterdir()}
-    if any(files.get(name, b"") == source.files.get(name) for name in TOKENIZERS):
+    if any((ours / name).is_file() and (ours / name).read_bytes() == data for name, data in source.files.items()):
         return source
-    others = {name: data for name, data in source.files.items() if name not in TOKENIZER_FILES}
-    return source._replace(files=others | files)
+    others = {n: data for n, data in source.files.items() if not is_tokenizer(n) and n not in BESIDE}
+    return source._replace(files=others)
 
 
 def save_folder(found: Found, folder: Path, family: str | None) -> None:
-    """A folder as Hugging Face has them."""
-    wanted = hugging_face.BY_KIND[family] if family else None
+    """A folder as Hugging Face has them, with the tokenizer files that came with the model, or new ones."""
+    wanted, source = hugging_face.BY_KIND[family] if family else None, found.source
+    kept = source.files if source is not None and (wanted is None or wanted.kind == source.family) else {}
+    texts = found.texts() if found.texts is not None and not any(map(is_tokenizer, kept)) else None
     hugging_face.save_folder(
-        folder, found.cfg, found.shapes, found.read, found.dtypes, family=wanted, source=found.source
-    )
-    if found.source is None and found.save_tokenizer is not None:
-        found.save_tokenizer(folder)
+        folder, found.cfg, found.shapes, found.read, found.dtypes, family=wanted, source=source,
+        special=special_ids(texts) if texts else {},
+    )  # fmt: skip
+    if texts:
+        save_hugging_face(
+            texts.tokenizer, folder, start=texts.start, context=found.cfg.context, chat_templates=texts.chat_templates
+        )
+
+
+def special_ids(texts: Texts) -> dict[str, int | list[int] | None]:
+    """What a config.json says of special tokens."""
+    words = texts.tokenizer
+    ends = list(dict.fromkeys(i for i in (words.eos_id, *texts.ends) if i is not None))
+    return {
+        "bos_token_id": words.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": words.pad_id,
+    }  # fmt: skip
 
 
 def save_gguf(found: Found, source: Path, path: Path, dtype: str | None, family: str | None) -> None:
@@ -142,30 +154,11 @@ def save_gguf(found: Found, source: Path, path: Path, dtype: str | None, family:
         words = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
     else:
         rows = found.shapes["embedding"][0]
-        words = vocabulary.metadata(*tokenizer_of(found), rows=rows, templates=chat_templates(found.source))
+        texts = found.texts() if found.texts is not None else None
+        tokenizer, start = (texts.tokenizer, texts.start) if texts else (None, ())
+        words = vocabulary.metadata(tokenizer, start, rows=rows, templates=texts.chat_templates if texts else {})
     family = family or found.source and found.source.family
     llamacpp.save_model(path, found.cfg, found.shapes, found.read, kind, family=family, vocabulary=words)
-
-
-def tokenizer_of(found: Found) -> tuple[tokenizers.Tokenizer | None, tuple[int, ...]]:
-    """The tokenizer of a model that is no GGUF file, and the ids that it puts before every text."""
-    if found.save_tokenizer is None:
-        return None, ()
-    with tempfile.TemporaryDirectory() as folder:
-        found.save_tokenizer(Path(folder))
-        tokenizer = tokenizers.load(folder)
-    if found.source is not None and tokenizer.spec.kind == "hf":
-        return tokenizer, tokenizer.prefix()
-    first = tokenizer.eos_id if found.source is None and tokenizer.bos_id is None else tokenizer.bos_id
-    return tokenizer, () if first is None else (first,)
-
-
-def chat_templates(source: hugging_face.Source | None) -> dict[str, str]:
-    files = source.files if source is not None else {}
-    if "chat_template.jinja" in files:
-        return {"default": files["chat_template.jinja"].decode()}
-    said = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
-    return {"default": said} if isinstance(said, str) else {}
 
 
 def save_checkpoint(found: Found, run_folder: Path) -> None:
@@ -173,8 +166,8 @@ def save_checkpoint(found: Found, run_folder: Path) -> None:
     params = {n: Unread(found.dtypes[n], shape, functools.partial(found.read, n)) for n, shape in found.shapes.items()}
     kind = commonest(found.dtypes.values()).name
     files: dict[str, Extra] = {"config.yaml": f"precision: {{kind: {kind}}}\n"}
-    if found.save_tokenizer is not None:
-        files["tokenizer"] = found.save_tokenizer
+    if found.texts is not None:
+        files["tokenizer"] = found.texts().save
     if found.source is not None:
         files[SOURCE] = functools.partial(hugging_face.write_source, found.source)
     with Checkpointer(run_folder / "checkpoints", Checkpoints(), found.cfg, extra_files=files) as checkpoints:

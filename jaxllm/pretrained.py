@@ -12,9 +12,10 @@ import numpy as np
 from jaxllm.core.config import read_tree
 from jaxllm.core.errors import CheckpointError
 from jaxllm.data import tokenizers
-from jaxllm.data.config import HfTokenizer, SentencePieceTokenizer
+from jaxllm.data.tokenizers.beside import read_object
+from jaxllm.data.tokenizers.files import read_folder
 from jaxllm.interop import folder as hugging_face
-from jaxllm.interop import llamacpp
+from jaxllm.interop import gguf, llamacpp
 from jaxllm.interop.family import differences, resolved
 from jaxllm.interop.weights import Weights, commonest
 from jaxllm.interop.weights import load as load_weights
@@ -24,17 +25,32 @@ from jaxllm.models.module import abstract, merge
 from jaxllm.train.checkpoint import load_params, steps
 from jaxllm.train.initial import Initial, of_checkpoint
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # files of a folder that a tokenizer is read from
+TEXTS = "texts.json"  # beside a saved tokenizer: how texts begin and end, and the chat templates
 
 
-class Pretrained(NamedTuple):
-    """A model and what turns texts into its tokens."""
+class Texts(NamedTuple):
+    """What turns texts into a model's tokens, and back."""
 
-    model: Decoder
     tokenizer: tokenizers.Tokenizer
     start: tuple[int, ...]  # ids that every text begins with
     ends: tuple[int, ...] = ()  # ids that end a completion, besides the tokenizer's own
-    chat_templates: Mapping[str, str] = {}  # jinja2, by name
+    chat_templates: Mapping[str, str] = {}  # jinja2, by name; `default` is the model's own
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer and what belongs to it, for `texts_of_checkpoint` to read."""
+        self.tokenizer.save(folder)
+        said = {"start": self.start, "ends": self.ends, "chat_templates": dict(self.chat_templates)}
+        (folder / TEXTS).write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
+
+
+class Pretrained(NamedTuple):
+    """A model and what turns texts into its tokens: fields as of `Texts`."""
+
+    model: Decoder
+    tokenizer: tokenizers.Tokenizer
+    start: tuple[int, ...]
+    ends: tuple[int, ...] = ()
+    chat_templates: Mapping[str, str] = {}
 
     @property
     def chat_template(self) -> str | None:
@@ -59,13 +75,17 @@ def load(path: str | Path, step: int | None = None, precision: str | None = None
     weights = load_params(checkpoint_of(path, step))
     trained = read_tree(weights.folder / "config.yaml")["precision"]["kind"]
     params = {name: weights.params.pop(name).astype(precision or trained) for name in list(weights.params)}
-    tokenizer = tokenizers.load(weights.folder / "tokenizer")
-    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id  # as documents begin in training
-    start = () if first is None else (first,)
-    model, beside = merge(abstract(weights.model_cfg)[0], params), _files(weights.folder / "tokenizer")
-    if not (source := _files(weights.folder / "source")):  # else it came from a folder of Hugging Face
-        return Pretrained(model, tokenizer, start, (), chat_templates(beside))
-    return Pretrained(model, tokenizer, start, end_ids(source), chat_templates(source))
+    return Pretrained(merge(abstract(weights.model_cfg)[0], params), *texts_of_checkpoint(weights.folder))
+
+
+def texts_of_checkpoint(folder: Path) -> Texts:
+    """What a checkpoint says of texts: as `Texts.save` wrote it, or as its run began documents and its source ends them."""
+    tokenizer = tokenizers.load(folder / "tokenizer")
+    if said := read_object(folder / "tokenizer" / TEXTS):
+        return Texts(tokenizer, *(tuple(said[key]) for key in ("start", "ends")), said["chat_templates"])
+    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    source = _files(folder / "source", ".json", ".jinja")
+    return Texts(tokenizer, () if first is None else (first,), end_ids(source), chat_templates(source))
 
 
 def initial(path: Path, wanted: DecoderConfig) -> Initial:
@@ -115,10 +135,15 @@ def checkpoint_of(folder: Path, step: int | None) -> Path:
 def _hugging_face(folder: Path, precision: str | None) -> Pretrained:
     read = hugging_face.open_folder(folder)
     dtype = np.dtype(precision) if precision else commonest(entry.dtype for entry in read.tensors.values())
-    tokenizer, start = tokenizer_of_folder(folder)
-    more = _files(folder / "additional_chat_templates")
-    files = read.source.files | {f"additional_chat_templates/{name}": data for name, data in more.items()}
-    return Pretrained(_model(read.cfg, read.weights, dtype), tokenizer, start, end_ids(files), chat_templates(files))
+    texts = texts_of_folder(folder)
+    return Pretrained(_model(read.cfg, read.weights, dtype), *texts)
+
+
+def texts_of_folder(folder: Path) -> Texts:
+    """What the files of a folder as Hugging Face has them say of texts. Raises DataError: no tokenizer in it."""
+    more = _files(folder / "additional_chat_templates", ".jinja")
+    files = _files(folder, ".json", ".jinja") | {f"additional_chat_templates/{name}": x for name, x in more.items()}
+    return Texts(*read_folder(folder), end_ids(files), chat_templates(files))
 
 
 def end_ids(files: Mapping[str, bytes]) -> tuple[int, ...]:
@@ -147,28 +172,23 @@ def chat_templates(files: Mapping[str, bytes]) -> dict[str, str]:
     return found
 
 
-def _files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} if folder.is_dir() else {}
-
-
-def tokenizer_of_folder(folder: Path) -> tuple[tokenizers.Tokenizer, tuple[int, ...]]:
-    """The tokenizer of a folder, and the ids that it puts before every text."""
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = tokenizers.build(HfTokenizer(file=str(folder)))
-        return tokenizer, tokenizer.prefix()
-    if (folder / "tokenizer.model").is_file():
-        tokenizer = tokenizers.build(SentencePieceTokenizer(file=str(folder / "tokenizer.model")))
-        return tokenizer, () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-    raise CheckpointError(f"{folder}: none of {', '.join(TOKENIZERS)} in it, so no text can be read")
+def _files(folder: Path, *kinds: str) -> dict[str, bytes]:
+    """The files of these kinds in a folder; none where there is no folder."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in kinds} if folder.is_dir() else {}
 
 
 def _gguf(path: Path, precision: str | None) -> Pretrained:
     _, cfg, weights, file = llamacpp.open_model(path)
-    tokenizer, start = llamacpp.tokenizer(file)
+    texts = texts_of_gguf(file)
+    return Pretrained(_model(cfg, weights, np.dtype(precision or "float32")), *texts)
+
+
+def texts_of_gguf(file: gguf.GGUF) -> Texts:
+    """What a GGUF file says of texts. Raises CheckpointError: its tokenizer is not known here."""
     prefix = "tokenizer.chat_template"
     templates = {k.removeprefix(prefix).lstrip("."): v for k, v in file.metadata.items() if k.startswith(prefix)}
     templates = {name or "default": text for name, text in templates.items() if isinstance(text, str)}
-    return Pretrained(_model(cfg, weights, np.dtype(precision or "float32")), tokenizer, start, (), templates)
+    return Texts(*llamacpp.tokenizer(file), (), templates)
 
 
 def _model(cfg: DecoderConfig, weights: Weights, dtype: np.dtype) -> Decoder:

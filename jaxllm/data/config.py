@@ -85,7 +85,7 @@ class TiktokenTokenizer(_Tokenizer):
     kind: Literal["tiktoken"] = "tiktoken"
     file: str  # the .tiktoken file
     encoding: Literal[
-        "gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base", "llama3"
+        "gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base", "llama3", "qwen"
     ]  # its split pattern and special tokens
 
 

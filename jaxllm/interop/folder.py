@@ -119,6 +119,7 @@ def save_folder(
     *,
     family: Family | None = None,
     source: Source | None = None,
+    special: Mapping[str, Any] = {},
     shard_bytes: int = 5_000_000_000,
 ) -> list[Path]:
     """Writes a model as its family has it; the files written.
@@ -127,6 +128,7 @@ def save_folder(
       shapes, dtypes: of the weights by logical name; `read(name)` gives the array when its turn comes.
       family: None: that of the source, or the first that has such a model.
       source: where the model came from. Its config.json stays as it is, if the model is still the one it describes.
+      special: ids of special tokens (`SPECIAL`) of a model without a source.
 
     Raises:
       ConfigError: the family has no such model.
@@ -135,15 +137,15 @@ def save_folder(
     family = family or (BY_KIND[source.family] if source else fitting(cfg))
     # Without a source nothing is known of special tokens; the ids that classes have by default are other models'.
     said = family.theirs(cfg)
-    config, files = dict.fromkeys(SPECIAL) | said, {}
+    config, files = dict.fromkeys(SPECIAL) | said | dict(special), {}
     if source is not None and source.family == family.kind:
         files = {n: data for n, data in source.files.items() if n != "config.json"}
         before = family.ours(source.config)
-        if not differences(resolved(before), resolved(cfg)):
+        if not special and not differences(resolved(before), resolved(cfg)):
             config = source.config
             files["config.json"] = source.files["config.json"]
         else:
-            config = {**source.config, **said}
+            config = {**source.config, **said, **special}
     kept = source.kept if source is not None and source.family == family.kind else Kept()
     made = tensors_of(family, cfg, shapes, kept)
     types = {n: np.result_type(*(dtypes[o] for o in row.ours)) for n, (_, row, _) in made.items()}

@@ -168,7 +168,7 @@ def test_tiktoken_gives_the_ids_of_its_own_pattern(encoding, monkeypatch):
 
     path = shared(f"tiktoken/{encoding}.tiktoken.gz")
     ours = build(config.TiktokenTokenizer(file=path, encoding=encoding))
-    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: ours._ranks)
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: ours.ranks)
     theirs = tiktoken.Encoding(**getattr(openai_public, encoding)())
     assert ours.vocab_size == theirs.n_vocab and ours.special == theirs._special_tokens
     assert (ours.bos_id, ours.eos_id) == (None, theirs.eot_token)
@@ -519,7 +519,7 @@ def test_damaged_saved_folders_are_named(kinds, tmp_path):
             load(tmp_path)
     kinds("bpe").save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('["not", "a", "mapping"]')
-    with pytest.raises(DataError, match=r"tokenizer_config\.json: not a tokenizer configuration"):
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: must be an object, got list; mend it"):
         build(config.HfTokenizer(file=str(tmp_path)))
 
 

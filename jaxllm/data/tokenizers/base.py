@@ -23,10 +23,11 @@ class Spec(Config):
     version: int = Field(1, ge=1, le=1)  # of this format
     kind: Literal["byte", "hf", "sentencepiece", "tiktoken"]  # which library reads the model file
     encoding: str | None = None  # tiktoken: name of the split pattern and special tokens
-    bos: str | None = None  # hf: beginning-of-document token
-    eos: str | None = None  # hf: end-of-document token
-    pad: str | None = None  # hf: padding token
+    bos: str | None = None  # beginning-of-document token of a file that names none (hf), or another one
+    eos: str | None = None  # end-of-document token, likewise
+    pad: str | None = None  # padding token, likewise
     added: tuple[str, ...] = ()  # tokens after the model file's own, in the order of their ids
+    control: tuple[str, ...] = ()  # those of `added` that are special
 
     @model_validator(mode="after")
     def _has_encoding(self):
@@ -49,14 +50,15 @@ class Tokenizer:
         self, spec: Spec, data: bytes, *, size: int, special: Mapping[str, int],
         bos: str | None = None, eos: str | None = None, pad: str | None = None,
     ):  # fmt: skip
-        self.spec, self.data, self.special = spec, data, dict(special)
+        ids = {token: size + n for n, token in enumerate(spec.added)}
+        self.spec, self.data = spec, data
+        self.special = dict(special) | {token: ids[token] for token in spec.control}
         self.vocab_size = size + len(spec.added)
         self.bos_id, self.eos_id, self.pad_id = (self.special.get(name) if name else None for name in (bos, eos, pad))
-        self.added = {token: size + n for n, token in enumerate(spec.added)}
+        self.added = {token: i for token, i in ids.items() if token not in spec.control}
         self._text_of_added = {i: token for token, i in self.added.items()}
         self._no_text = frozenset(self.special.values())
-        longest_first = sorted(spec.added, key=len, reverse=True)
-        self._added_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if spec.added else None
+        self._added_pattern = _one_of(self.added)
 
     @functools.cached_property
     def apart(self) -> dict[str, int]:
@@ -65,8 +67,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _apart_pattern(self) -> re.Pattern[str] | None:
-        longest_first = sorted(self.apart, key=len, reverse=True)
-        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self.apart else None
+        return _one_of(self.apart)
 
     def named(self) -> dict[str, str]:
         """`bos_token`, `eos_token`, `pad_token`, as far as there are any: what chat templates are told."""
@@ -144,7 +145,8 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the model file's bytes and the spec: where they lie does not count."""
-        spec = json.dumps(self.spec.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        said = self.spec.model_dump(mode="json", exclude=None if self.spec.control else {"control"})
+        spec = json.dumps(said, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(spec.encode() + b"\0" + self.data).hexdigest()
 
     def _extended(self, tokens: tuple[str, ...]) -> "Tokenizer":
@@ -161,6 +163,12 @@ class Tokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         return b"".join(map(self._bytes_of, ids)).decode("utf-8", "replace")
+
+
+def _one_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
+    """Cuts a text at these, the longest where several begin; None for none."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
 
 def check_added(tokens: Sequence[str], token_id: Callable[[str], int | None]) -> None:

@@ -2,13 +2,14 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
 
 from jaxllm.core.errors import ConfigError, DataError
 from jaxllm.data.tokenizers.base import Spec, Tokenizer, byte_alphabet, read_model
+from jaxllm.data.tokenizers.beside import Beside, Tree
 
 
 class HuggingFace(Tokenizer):
@@ -17,7 +18,7 @@ class HuggingFace(Tokenizer):
     file = "tokenizer.json"
 
     def __init__(self, spec: Spec, data: bytes, where: str = "tokenizer.json"):
-        self._model = _parsed(data, where)
+        self._model = parsed(data, where)
         self._model.no_truncation()  # files made for sentence embeddings cut and pad what they encode
         self._model.no_padding()
         self._model.encode_special_tokens = True  # text that looks like a special token is text
@@ -47,7 +48,7 @@ class HuggingFace(Tokenizer):
     @functools.cached_property
     def _marked(self) -> tokenizers.Tokenizer:
         """The model that reads special tokens in text: one of its own, since threads may share this tokenizer."""
-        model = _parsed(self.data, self.file)
+        model = parsed(self.data, self.file)
         model.no_truncation()
         model.no_padding()
         return model
@@ -86,7 +87,7 @@ class HuggingFace(Tokenizer):
         return self._model.token_to_id(token)
 
     def _extended(self, tokens: tuple[str, ...]) -> "HuggingFace":
-        model = _parsed(self.data, "tokenizer.json")
+        model = parsed(self.data, "tokenizer.json")
         model.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokens])
         ids = [model.token_to_id(token) for token in tokens]
         if ids != list(range(self.vocab_size, self.vocab_size + len(tokens))):
@@ -106,29 +107,40 @@ class HuggingFace(Tokenizer):
 def read(file: str, bos: str | None, eos: str | None) -> HuggingFace:
     """The tokenizer of a `tokenizer.json`, or of the folder that holds it.
 
-    `bos`, `eos` and padding are those that `tokenizer_config.json` beside it names, unless given.
+    `bos`, `eos` and padding are those that `tokenizer_config.json` or `special_tokens_map.json` beside it names, unless
+    given; tokens that these files and `added_tokens.json` add are added.
     """
     path = Path(file) / "tokenizer.json" if Path(file).is_dir() else Path(file)
-    data = read_model(path)
-    beside = _named_beside(path.parent / "tokenizer_config.json")
-    vocab = _parsed(data, str(path)).get_vocab(with_added_tokens=True)
-    known = {role: name for role, name in beside.items() if name in vocab}
+    said = Beside(path.parent)
+    data = with_added(read_model(path), said.added.items(), str(path))
+    vocab = parsed(data, str(path)).get_vocab(with_added_tokens=True)
+    known = {role: name for role, name in said.roles.items() if name in vocab}
     spec = Spec(kind="hf", bos=bos or known.get("bos"), eos=eos or known.get("eos"), pad=known.get("pad"))
     return HuggingFace(spec, data, str(path))
 
 
-def _named_beside(path: Path) -> dict[str, str]:
-    if not path.exists():
-        return {}
-    try:
-        tree = json.loads(path.read_bytes())
-        named = {role: tree.get(f"{role}_token") for role in ("bos", "eos", "pad")}
-    except (OSError, ValueError, AttributeError) as e:
-        raise DataError(f"{path}: not a tokenizer configuration ({e}); mend it, or take it away") from None
-    return {role: name["content"] if isinstance(name, dict) else name for role, name in named.items() if name}
+def with_added(data: bytes, tokens: Iterable[tuple[int, Tree]], where: str) -> bytes:
+    """A `tokenizer.json` with these added tokens too, by id; one that is there already stays as it is.
+
+    Raises:
+      DataError: an id that the library would not give to its token.
+    """
+    model = parsed(data, where)
+    there = {token.content for token in model.get_added_tokens_decoder().values()}
+    new = {i: t for i, t in sorted(tokens) if t["content"] not in there}
+    for i, token in new.items():
+        sides = {key: value for key, value in token.items() if key not in ("content", "special")}
+        added = tokenizers.AddedToken(token["content"], special=token["special"], **sides)
+        (model.add_special_tokens if token["special"] else model.add_tokens)([added])
+        if (got := model.token_to_id(token["content"])) != i:
+            raise DataError(
+                f"{where}: added token {token['content']!r} is said to have id {i}, but the vocabulary gives it {got}: "
+                "its files are not of one tokenizer"
+            )
+    return model.to_str().encode() if new else data
 
 
-def _parsed(data: bytes, where: str) -> tokenizers.Tokenizer:
+def parsed(data: bytes, where: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_buffer(data)
     except ValueError as e:

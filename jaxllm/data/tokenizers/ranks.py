@@ -5,6 +5,7 @@ import gzip
 import itertools
 import os
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -24,12 +25,14 @@ class Encoding(NamedTuple):
     bos: str | None = None
     eos: str = "<|endoftext|>"
     pad: str | None = None
+    normal: str | None = None  # Unicode form that text is brought into first
 
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CL100K = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+QWEN = _CL100K.replace(r"\p{N}{1,3}", r"\p{N}")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _O200K = "|".join([
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?",
@@ -52,6 +55,12 @@ _LLAMA3_SPECIAL = {
     _LLAMA3_NAMED.get(n) or f"<|reserved_special_token_{next(_reserved)}|>": 128_000 + n for n in range(256)
 }
 
+# Qwen 1 (Bai et al. 2023, arXiv:2309.16609): tokenization_qwen.py beside its weights.
+_QWEN_SPECIAL = {
+    token: 151_643 + n
+    for n, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205))])
+}
+
 ENCODINGS = {
     "gpt2": Encoding(_GPT2, 50256, {"<|endoftext|>": 50256}),
     "r50k_base": Encoding(_GPT2, 50256, {"<|endoftext|>": 50256}),
@@ -61,6 +70,7 @@ ENCODINGS = {
     "llama3": Encoding(
         _CL100K, 128_000, _LLAMA3_SPECIAL, "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
     ),
+    "qwen": Encoding(QWEN, 151_643, _QWEN_SPECIAL, normal="NFC"),
 }
 
 
@@ -71,7 +81,7 @@ class Tiktoken(Tokenizer):
 
     def __init__(self, spec: Spec, data: bytes, where: str = "tokenizer.tiktoken"):
         encoding = ENCODINGS[spec.encoding]
-        data = _decompressed(data, where)
+        data = decompressed(data, where)
         ranks = _ranks(data, where)
         if len(ranks) != encoding.ranks or not all(bytes([b]) in ranks for b in range(256)):
             raise DataError(
@@ -79,14 +89,17 @@ class Tiktoken(Tokenizer):
                 f"the file is truncated or of another encoding (known: {', '.join(ENCODINGS)})"
             )
         special = encoding.special
+        self._normal, self.lossless = encoding.normal, encoding.normal is None
         self._encoding = tiktoken.Encoding(
             spec.encoding, pat_str=encoding.pattern, mergeable_ranks=ranks, special_tokens=special
         )
-        self._ranks, self._tokens = ranks, {i: token for token, i in ranks.items()}
+        self.ranks, self._tokens = ranks, {i: token for token, i in ranks.items()}
         size = max(*self._tokens, *special.values()) + 1
         super().__init__(spec, data, size=size, special=special, bos=encoding.bos, eos=encoding.eos, pad=encoding.pad)
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._normal is not None:
+            texts = [unicodedata.normalize(self._normal, text) for text in texts]
         parts = [list(_cut_spaces(text)) for text in texts]
         flat = [part for split in parts for part in split]
         ids = iter(self._encoding.encode_ordinary_batch(flat, num_threads=os.cpu_count() or 1))
@@ -96,7 +109,7 @@ class Tiktoken(Tokenizer):
         return self._tokens.get(i, b"")
 
     def _model_id(self, token: str) -> int | None:
-        return self._ranks.get(token.encode())
+        return self.ranks.get(token.encode())
 
 
 _SPACES_AT_ONCE = 100_000
@@ -114,7 +127,7 @@ def _cut_spaces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _decompressed(data: bytes, where: str) -> bytes:
+def decompressed(data: bytes, where: str) -> bytes:
     try:
         return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     except (EOFError, OSError, zlib.error) as e:

@@ -26,6 +26,7 @@ class SentencePiece(Tokenizer):
         special = {piece: i for i, piece in enumerate(pieces) if self._model.is_control(i)}
         ids = (self._model.bos_id(), self._model.eos_id(), self._model.pad_id())  # -1: the model has none
         bos, eos, pad = (pieces[i] if i >= 0 else None for i in ids)
+        bos, eos, pad = spec.bos or bos, spec.eos or eos, spec.pad or pad
         super().__init__(spec, data, size=size, special=special, bos=bos, eos=eos, pad=pad)
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
