@@ -18,7 +18,6 @@ from jaxllm.models.layers.init import Weight, std
 from jaxllm.models.layers.linear import linear, lookup
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import constant, param
-from jaxllm.models.layers.position import sinusoids
 from jaxllm.models.layout import Places
 from jaxllm.models.remat import Remat
 from jaxllm.models.stack import Stack, make, row_tokens

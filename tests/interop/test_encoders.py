@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxllm.interop.folder import BY_KIND, open_folder, save_folder
+from jaxllm.interop.folder import open_folder, save_folder
 from jaxllm.interop.weights import load
 from jaxllm.models.module import abstract, merge
 
