@@ -18,8 +18,9 @@ from jaxllm.core.shapes import Array, Bool, Float, Int, Key
 from jaxllm.inference.beam import beam_search
 from jaxllm.inference.config import Beam, Greedy, Sample
 from jaxllm.inference.sampling import row_keys, sample
-from jaxllm.models.config import DecoderConfig
+from jaxllm.models.config import DecoderConfig, EncoderDecoderConfig
 from jaxllm.models.decoder import Cache, Decoder
+from jaxllm.models.encoder_decoder import EncoderDecoder
 from jaxllm.models.module import Params, merge, split
 
 STEPS = 16  # tokens a row between two looks at them, when nobody watches
@@ -65,7 +66,7 @@ class Tokenizer(Protocol):
 
 
 def complete(
-    model: Decoder,
+    model: Decoder | EncoderDecoder,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
@@ -97,7 +98,7 @@ def complete(
 
 
 def generate(
-    model: Decoder,
+    model: Decoder | EncoderDecoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -198,9 +199,11 @@ def _start(
     keys_B: Key[Array, " B"],
 ) -> tuple[State, Float[Array, " B"]]:
     """The state after the first token, and that token's log-probability."""
-    logits_BV, cache = merge(graphdef, params).prefill(tokens_BT, pad_B, capacity=capacity, prefix_len_B=prefix_B)
+    model = merge(graphdef, params)
+    logits_BV, cache = model.prefill(tokens_BT, pad_B, capacity=capacity, prefix_len_B=prefix_B)
     B, T = tokens_BT.shape
-    real_BT = jnp.arange(T) >= pad_B[:, None]
+    # What an encoder reads is not yet said.
+    real_BT = (jnp.arange(T) >= pad_B[:, None]) & (model.cfg.kind == "decoder")
     seen_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(B)[:, None], tokens_BT].max(real_BT)
     return _choose(sampling, State(cache, tokens_BT[:, -1], seen_BV, jnp.int32(0)), logits_BV, known, keys_B)
 
@@ -293,7 +296,7 @@ def held_back(text: str, stop: Sequence[str]) -> int:
     return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
-def _check(cfg: DecoderConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check(cfg: DecoderConfig | EncoderDecoderConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     for i, prompt in enumerate(prompts):
         n = len(prompt)
         if not n:
@@ -303,7 +306,15 @@ def _check(cfg: DecoderConfig, prompts: Sequence[Sequence[int]], max_new_tokens:
                 f"prompt {i} has token id {wrong[0]}, the model's vocabulary is 0 to {cfg.vocab - 1}: was it made by "
                 "the tokenizer that the model was trained with?"
             )
-        if n + max_new_tokens > cfg.context:
+        if cfg.kind == "encoder_decoder":
+            if n > cfg.encoder.context:
+                raise ConfigError(f"prompt {i} has {n} tokens, more than the encoder's context of {cfg.encoder.context}")
+            if max_new_tokens >= cfg.context:
+                raise ConfigError(
+                    f"max_new_tokens={max_new_tokens}: the decoder's context of {cfg.context} begins with one token "
+                    f"more; ask for at most {cfg.context - 1}"
+                )
+        elif n + max_new_tokens > cfg.context:
             room = f"ask for at most {cfg.context - n}" if n < cfg.context else f"shorten it below {cfg.context}"
             raise ConfigError(
                 f"prompt {i} has {n} tokens and max_new_tokens={max_new_tokens}: together more than the model's "

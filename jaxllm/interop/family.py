@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jaxllm.core.config import Config, merge
 from jaxllm.core.errors import CheckpointError, ConfigError
 from jaxllm.interop.names import Table
-from jaxllm.models.config import AnyModel, Block, DecoderConfig, Dropout, FanIn
+from jaxllm.models.config import AnyModel, Attention, Block, DecoderConfig, Dropout, FanIn
 from jaxllm.models.positions import NoPosition
 
 Paths = dict[str, Any]  # by dotted path of ours
@@ -153,17 +153,22 @@ LAYERS = "*layers"  # among the paths of a Part: a list of Paths, what each laye
 
 def resolved(cfg: AnyModel) -> AnyModel:
     """The same model with all that follows from other fields written down, and nothing that only training looks at."""
-
+    if cfg.kind == "encoder_decoder":
+        return cfg.model_copy(update={"encoder": resolved(cfg.encoder), "decoder": resolved(cfg.decoder)})
     per_layer = cfg.position.kind in ("rope", "rope_2d", "alibi", "none")
+
+    def full(a: Attention, position: Any) -> Attention:
+        return a.model_copy(update={
+            "num_kv_heads": a.kv_heads, "head_dim": cfg.head_dim(a), "scale": a.scale or cfg.head_dim(a) ** -0.5,
+            "position": position,
+        })  # fmt: skip
 
     def block(block: Block) -> Block:
         a = block.attention
         position = cfg.position_of(a) if per_layer else None
         ffn = block.ffn.model_copy(update={"jitter": 0.0}) if block.ffn.kind == "moe" else block.ffn
-        return block.model_copy(update={"ffn": ffn, "attention": a.model_copy(update={
-            "num_kv_heads": a.kv_heads, "head_dim": cfg.head_dim(a), "scale": a.scale or cfg.head_dim(a) ** -0.5,
-            "position": position,
-        })})  # fmt: skip
+        own, cross = full(a, position), block.cross and full(block.cross, None)
+        return block.model_copy(update={"ffn": ffn, "attention": own, "cross": cross})
 
     blocks = [block(cfg.layer(i)) for i in range(cfg.num_layers)]
     period = _period(blocks)

@@ -213,10 +213,10 @@ def norm(theirs: str, ours: str) -> Table:
 QKV = ("attention.q", "attention.k", "attention.v")
 
 
-def layers(theirs: str, *rows: Table) -> Table:
-    """Rows of a layer, whose names of theirs follow `theirs` and of ours `layers.{}`."""
+def layers(theirs: str, *rows: Table, ours: str = "layers") -> Table:
+    """Rows of a layer, whose names of theirs follow `theirs` and of ours `layers.{}`, after the side it is of."""
     return tuple(
-        Row(tuple(f"{theirs}.{n}" for n in row.theirs), tuple(f"layers.{{}}.{n}" for n in row.ours), row.form)
+        Row(tuple(f"{theirs}.{n}" for n in row.theirs), tuple(f"{ours}.{{}}.{n}" for n in row.ours), row.form)
         for table in rows
         for row in table
     )
@@ -252,8 +252,8 @@ def rows_of(table: Table, logical: Iterable[str]) -> tuple[Row, ...]:
     by_name = {name: row for row in table for name in row.ours}
     known, found = set(logical), {}
     for name in logical:
-        match = re.match(r"layers\.(\d+)\.", name)
-        general = name if match is None else f"layers.{{}}.{name[match.end() :]}"
+        match = re.match(r"(?:encoder\.|decoder\.|)layers\.(\d+)\.", name)
+        general = name if match is None else f"{name[: match.start(1)]}{{}}.{name[match.end() :]}"
         assert general in by_name, f"the table has no row for {name}"
         row = by_name[general] if match is None else by_name[general].at(int(match[1]))
         assert known.issuperset(row.ours), f"the model has {name} but not all of {row.ours}"

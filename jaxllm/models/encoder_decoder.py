@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxllm.core.errors import ConfigError
 from jaxllm.core.shapes import Array, Float, Int, Key
 from jaxllm.models.config import EncoderDecoderConfig
 from jaxllm.models.decoder import Cache, Decoder
@@ -75,15 +76,21 @@ class EncoderDecoder(nnx.Module):
         pad_B: Int[Array, " B"],
         *,
         capacity: int,
-        start_BT: Int[Array, "B T"],
+        prefix_len_B: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Logits of the first token of each output, and the cache of the input and of what the output begins with.
+        """Logits of the first token of each output, and the cache of the input and of the start of the output.
 
         Args:
           tokens_BT: the input, left-padded by `pad_B` tokens.
-          capacity: tokens of the output that the cache must be able to hold.
-          start_BT: what every output begins with.
+          capacity: tokens of the output that the cache must be able to hold, the one that it begins with included.
+          prefix_len_B: means nothing here: the encoder sees all of the input.
+
+        Raises:
+          ConfigError: the config does not say what outputs begin with.
         """
+        if self.cfg.start is None:
+            raise ConfigError("model.start is not set: the token that every output begins with")
+        start_BT = jnp.full((len(pad_B), 1), self.cfg.start, jnp.int32)
         T, B = tokens_BT.shape[1], tokens_BT.shape[0]
         position_BT = jnp.arange(T)[None] - pad_B[:, None]
         memory = self.read(tokens_BT, jnp.maximum(position_BT, 0), (position_BT >= 0).astype(jnp.int32))

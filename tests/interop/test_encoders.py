@@ -196,7 +196,16 @@ def assert_same_outputs(model: Any, ours: Any, said: dict[str, str], seed: int) 
 
 
 def assert_same_files(model: Any, read: Any, folder: Any) -> None:
-    """Written by us: the same config, the same tensors to the bit; read by transformers, the same model."""
+    """As `assert_same_tensors`; and what transformers reads says the same."""
+    again = assert_same_tensors(model, read, folder)
+    ids = torch.arange(3, 14)[None]
+    with torch.no_grad():
+        for a, b in zip(again(input_ids=ids).values(), model(input_ids=ids).values(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def assert_same_tensors(model: Any, read: Any, folder: Any) -> Any:
+    """Written by us: the same config, the same tensors to the bit; and, without its source, as transformers reads it."""
     dtypes = {n: np.dtype("float32") for n in read.weights}
     save_folder(folder / "back", read.cfg, read.weights.shapes, read.weights.__getitem__, dtypes, source=read.source)
     before, after = (open_folder(folder / side) for side in ("theirs", "back"))
@@ -207,11 +216,6 @@ def assert_same_files(model: Any, read: Any, folder: Any) -> None:
         assert before.tensors.read(n).tobytes() == after.tensors.read(n).tobytes()
     assert before.source.files == after.source.files
     save_folder(folder / "new", read.cfg, read.weights.shapes, read.weights.__getitem__, dtypes, family=read.family)
-    again, info = type(model).from_pretrained(
-        folder / "new", attn_implementation="eager", output_loading_info=True
-    )
+    again, info = type(model).from_pretrained(folder / "new", attn_implementation="eager", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    ids = torch.arange(3, 14)[None]
-    with torch.no_grad():
-        for a, b in zip(again(input_ids=ids).values(), model(input_ids=ids).values(), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    return again
