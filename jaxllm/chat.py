@@ -10,10 +10,9 @@ from jaxllm.data import tokenizers
 from jaxllm.inference.chat import Answer, Conversation
 from jaxllm.inference.config import ChatConfig
 from jaxllm.inference.template import Template
+from jaxllm.presets import CHAT
 from jaxllm.pretrained import Pretrained, load
 from jaxllm.train.runtime import keep_compiled_programs
-
-TEMPLATES = Path(__file__).parents[1] / "configs" / "chat"  # of models that come without one
 
 
 def run(cfg: ChatConfig, out: TextIOBase | None = None) -> Conversation:
@@ -49,10 +48,10 @@ def template_of(cfg: ChatConfig, found: Pretrained) -> Template:
     if wanted is not None:
         if wanted in own:
             return Template(own[wanted], f"the chat template {wanted!r} of {cfg.model}")
-        for path in (Path(wanted), TEMPLATES / f"{wanted}.jinja"):
+        for path in (Path(wanted), CHAT / f"{wanted}.jinja"):
             if path.is_file():
                 return Template(path.read_text(encoding="utf-8"), str(path))
-    known = ", ".join([*own, *sorted(p.stem for p in TEMPLATES.glob("*.jinja"))]) or "none"
+    known = ", ".join([*own, *sorted(p.stem for p in CHAT.glob("*.jinja"))]) or "none"
     said = f"template={wanted!r} is neither a file nor a name" if wanted else f"{cfg.model} has no chat template"
     raise ConfigError(f"{said}; name a .jinja file or one of these: {known}")
 

@@ -451,7 +451,7 @@ def test_what_is_left_out_is_told(folder, capsys):
 def test_a_template_is_a_file_a_name_or_the_models_own(folder, tmp_path, monkeypatch):
     (tmp_path / "short.jinja").write_text("Q: {{ messages[-1].content }} A:")
     own = load(folder).chat_templates | {"other": "other"}
-    monkeypatch.setattr(verb, "TEMPLATES", tmp_path)
+    monkeypatch.setattr(verb, "CHAT", tmp_path)
     found = load(folder)._replace(chat_templates=own)
     source = lambda name: verb.template_of(asked(folder, template=name), found).source
     assert source(None) == CHATML and source("other") == "other"

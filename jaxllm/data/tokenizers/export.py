@@ -30,9 +30,10 @@ def save_hugging_face(
       DataError: a `tokenizer.json` cannot give the ids of this tokenizer.
     """
     tree = tokenizer_json(tokenizer)
+    data = tokenizer.data if tokenizer.spec.kind == "hf" else _json(tree)
     if tree.get("post_processor") is None and start:
         names = {i: token for token, i in tokenizer.special.items()}
-        tree["post_processor"] = _begins([(names[i], i) for i in start])
+        data = _json(tree | {"post_processor": _begins([(names[i], i) for i in start])})
     unknown = tree["model"].get("unk_token")
     config: Tree = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= tokenizer.named() | ({"unk_token": unknown} if unknown else {})
@@ -42,8 +43,12 @@ def save_hugging_face(
     elif chat_templates:
         config["chat_template"] = [{"name": name, "template": text} for name, text in chat_templates.items()]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("tokenizer.json", tree), ("tokenizer_config.json", config)):
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "tokenizer.json").write_bytes(data)
+    (folder / "tokenizer_config.json").write_bytes(_json(config))
+
+
+def _json(tree: Tree) -> bytes:
+    return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> Tree:
