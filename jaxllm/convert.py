@@ -121,7 +121,8 @@ def save_gguf(found: Found, source: Path, path: Path, dtype: str | None, family:
         words = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
     else:
         rows = found.shapes["embedding"][0]
-        words = vocabulary.metadata(*tokenizer_of(found), rows=rows, templates=chat_templates(found.source))
+        files = found.source.files if found.source is not None else {}
+        words = vocabulary.metadata(*tokenizer_of(found), rows, chat_templates(files), end_ids(files))
     family = family or found.source and found.source.family
     llamacpp.save_model(path, found.cfg, found.shapes, found.read, kind, family=family, vocabulary=words)
 
@@ -139,12 +140,17 @@ def tokenizer_of(found: Found) -> tuple[tokenizers.Tokenizer | None, tuple[int, 
     return tokenizer, () if first is None else (first,)
 
 
-def chat_templates(source: hugging_face.Source | None) -> dict[str, str]:
-    files = source.files if source is not None else {}
+def chat_templates(files: Mapping[str, bytes]) -> dict[str, str]:
     if "chat_template.jinja" in files:
         return {"default": files["chat_template.jinja"].decode()}
     said = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
     return {"default": said} if isinstance(said, str) else {}
+
+
+def end_ids(files: Mapping[str, bytes]) -> tuple[int, ...]:
+    said = json.loads(files.get("config.json", b"{}")) | json.loads(files.get("generation_config.json", b"{}"))
+    ends = said.get("eos_token_id")
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
 
 def save_checkpoint(found: Found, run_folder: Path) -> None:

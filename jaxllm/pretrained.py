@@ -12,7 +12,7 @@ from jaxllm.core.errors import CheckpointError
 from jaxllm.data import tokenizers
 from jaxllm.data.config import HfTokenizer, SentencePieceTokenizer
 from jaxllm.interop import folder as hugging_face
-from jaxllm.interop import llamacpp
+from jaxllm.interop import llamacpp, vocabulary
 from jaxllm.interop.weights import Weights, commonest
 from jaxllm.interop.weights import load as load_weights
 from jaxllm.models.config import DecoderConfig
@@ -97,7 +97,9 @@ def _gguf(path: Path, precision: str | None) -> Pretrained:
     _, cfg, weights, file = llamacpp.open_model(path)
     tokenizer, start = llamacpp.tokenizer(file)
     template = file.metadata.get("tokenizer.chat_template")
-    return Pretrained(_model(cfg, weights, np.dtype(precision or "float32")), tokenizer, start, (), template)
+    return Pretrained(
+        _model(cfg, weights, np.dtype(precision or "float32")), tokenizer, start, vocabulary.ends(file), template
+    )
 
 
 def _model(cfg: DecoderConfig, weights: Weights, dtype: np.dtype) -> Decoder:

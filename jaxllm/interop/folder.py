@@ -96,7 +96,7 @@ def family_of(config: Mapping[str, Any], name: str) -> Family:
     kind = config.get("model_type")
     if config.get("quantization_config"):
         raise CheckpointError(f"{name}: quantization_config is set; only weights that are not quantised can be read")
-    if kind in BY_KIND:
+    if isinstance(kind, str) and kind in BY_KIND:
         return BY_KIND[kind]
     known = ", ".join(sorted(BY_KIND))
     raise CheckpointError(f"{name}: model_type={json.dumps(kind)} is no family that is known here: {known}")

@@ -1,5 +1,6 @@
 """Weights of a model by our logical names, out of tensors with the names of its family, and back; one at a time."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ class Kept(NamedTuple):
     tied: tuple[str, ...] = ()  # tensors that repeat the embedding, though the config ties them
 
 
-def logical_shapes(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)  # a model is laid out anew each time
+def logical_shapes(cfg: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
     """Shapes of a model's weights, one a layer."""
     return {name: x.shape for name, x in layout.unstack(abstract(cfg)[1], cfg).items()}
 

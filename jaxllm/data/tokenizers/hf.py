@@ -103,11 +103,17 @@ def _named_beside(path: Path) -> dict[str, str]:
         named = {role: tree.get(f"{role}_token") for role in ("bos", "eos", "pad")}
     except (OSError, ValueError, AttributeError) as e:
         raise DataError(f"{path}: not a tokenizer configuration ({e}); mend it, or take it away") from None
-    return {role: name["content"] if isinstance(name, dict) else name for role, name in named.items() if name}
+    named = {role: name.get("content") if isinstance(name, dict) else name for role, name in named.items()}
+    return {role: name for role, name in named.items() if isinstance(name, str) and name}
 
 
 def _parsed(data: bytes, where: str) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_buffer(data)
-    except ValueError as e:
+        model = tokenizers.Tokenizer.from_buffer(data)
+        # A template may name a token that is nowhere, which the library finds out when it encodes.
+        model.decode(model.encode("a b", add_special_tokens=True).ids, skip_special_tokens=False)
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":  # what Rust's panics become
+            raise
         raise DataError(f"{where}: not a Hugging Face tokenizer.json, or a truncated one ({e})") from None
+    return model
