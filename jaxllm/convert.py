@@ -156,7 +156,8 @@ def save_gguf(found: Found, source: Path, path: Path, dtype: str | None, family:
         rows = found.shapes["embedding"][0]
         texts = found.texts() if found.texts is not None else None
         tokenizer, start = (texts.tokenizer, texts.start) if texts else (None, ())
-        words = vocabulary.metadata(tokenizer, start, rows=rows, templates=texts.chat_templates if texts else {})
+        templates, ends = (texts.chat_templates, texts.ends) if texts else ({}, ())
+        words = vocabulary.metadata(tokenizer, start, rows=rows, templates=templates, ends=ends)
     family = family or found.source and found.source.family
     llamacpp.save_model(path, found.cfg, found.shapes, found.read, kind, family=family, vocabulary=words)
 

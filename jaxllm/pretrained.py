@@ -15,7 +15,7 @@ from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers.beside import read_object
 from jaxllm.data.tokenizers.files import read_folder
 from jaxllm.interop import folder as hugging_face
-from jaxllm.interop import gguf, llamacpp
+from jaxllm.interop import gguf, llamacpp, vocabulary
 from jaxllm.interop.family import differences, resolved
 from jaxllm.interop.weights import Weights, commonest
 from jaxllm.interop.weights import load as load_weights
@@ -188,7 +188,7 @@ def texts_of_gguf(file: gguf.GGUF) -> Texts:
     prefix = "tokenizer.chat_template"
     templates = {k.removeprefix(prefix).lstrip("."): v for k, v in file.metadata.items() if k.startswith(prefix)}
     templates = {name or "default": text for name, text in templates.items() if isinstance(text, str)}
-    return Texts(*llamacpp.tokenizer(file), (), templates)
+    return Texts(*llamacpp.tokenizer(file), vocabulary.ends(file), templates)
 
 
 def _model(cfg: DecoderConfig, weights: Weights, dtype: np.dtype) -> Decoder:

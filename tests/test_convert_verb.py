@@ -1,4 +1,4 @@
-"""A folder of Hugging Face becomes a checkpoint, which generates and goes back as it came."""
+"""A folder of Hugging Face becomes a checkpoint or a GGUF file, which generate; a checkpoint goes back as it came."""
 
 import io
 
@@ -59,16 +59,28 @@ def test_what_goes_to_a_checkpoint_and_back_is_what_it_was(theirs, checkpoint, t
     assert all(before.read(n).tobytes() == after.read(n).tobytes() for n in before)
 
 
-def test_a_folder_and_its_checkpoint_say_the_same(theirs, checkpoint):
-    def said(model):
-        cfg = GenerateConfig(
-            model=str(model), prompt=("ab",), max_new_tokens=8, sampling=Greedy(), precision="float32", stream=False
-        )
-        return generate(cfg, io.StringIO())[0].tokens
+def said(model):
+    cfg = GenerateConfig(
+        model=str(model), prompt=("ab",), max_new_tokens=8, sampling=Greedy(), precision="float32", stream=False
+    )
+    return generate(cfg, io.StringIO())[0].tokens
 
+
+def test_a_folder_and_its_checkpoint_say_the_same(theirs, checkpoint):
     assert said(theirs) == said(checkpoint)
     found = load(theirs)
     assert found.start == (0,) and found.ends == (1,) and found.chat_template == "{{ messages }}"
+
+
+def test_a_gguf_file_says_what_the_folder_and_the_checkpoint_say(theirs, checkpoint, tmp_path):
+    assert main(["convert", str(checkpoint), str(tmp_path / "model.gguf"), "--dtype", "float32"]) == 0
+    file, folder = load(tmp_path / "model.gguf"), load(theirs, precision="float32")
+    assert (file.start, file.chat_template) == (folder.start, folder.chat_template)
+    assert file.tokenizer.encode("ab\nÄ") == folder.tokenizer.encode("ab\nÄ")
+    assert said(tmp_path / "model.gguf") == said(theirs)
+    again = load(convert(tmp_path / "model.gguf", tmp_path / "again.gguf", dtype="q8_0"))
+    assert again.chat_template == folder.chat_template
+    assert not [p for p in tmp_path.iterdir() if p.suffix != ".gguf"]
 
 
 def test_weights_take_the_type_that_is_asked_for(checkpoint, tmp_path):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxllm.core.config import Config, merge
-from jaxllm.core.errors import CheckpointError, ConfigError
+from jaxllm.core.errors import CheckpointError, ConfigError, UserError
 from jaxllm.interop.names import Table
 from jaxllm.models.config import AnyModel, Attention, Block, DecoderConfig, Dropout, FanIn
 from jaxllm.models.positions import NoPosition
@@ -100,11 +100,23 @@ class Family:
           CheckpointError: naming a key that is missing, wrong, or asks for what is not here.
         """
         given = Given(config, self.defaults, name)
+        try:
+            return self._ours(given)
+        except UserError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:  # a value of another type
+            raise CheckpointError(f"{name}: no {self.kind} that can be computed: {_first(e)}") from None
+
+    def _ours(self, given: Given) -> AnyModel:
         for key, value in self.only.items():
             if given.get(key, value) != value:
                 raise given.refuse(key, f"{self.kind} is read with {json.dumps(value)} only")
         paths = dict(self.fixed)
         for key, where in self.sizes.items():
+            if isinstance(where, str) and where.endswith("num_layers") and not (type(given[key]) is int and 0 < given[key] <= MOST_LAYERS):
+                raise given.refuse(key, f"a model has 1 to {MOST_LAYERS} layers")
+            if where == "vocab" and type(given[key]) is not int:
+                raise given.refuse(key, "a whole number is needed")
             for path in (where,) if isinstance(where, str) else where:
                 paths[path] = activation(given, key) if path.endswith(".activation") else given[key]
         for part in self.parts:
@@ -113,10 +125,7 @@ class Family:
         tree = _tree(paths)
         if layers is not None:
             tree = merge(tree, _pattern([_tree(layer) for layer in layers]))
-        try:
-            return self.model.model_validate(tree)
-        except ValueError as e:
-            raise CheckpointError(f"{name}: no {self.kind} that can be computed: {_first(e)}") from None
+        return self.model.model_validate(tree)
 
     def table(self, cfg: AnyModel) -> Table:
         return self.names(cfg) if callable(self.names) else self.names
@@ -148,6 +157,7 @@ class Family:
         return config
 
 
+MOST_LAYERS = 10_000  # what is said layer by layer takes no memory that a wrong number asks for
 LAYERS = "*layers"  # among the paths of a Part: a list of Paths, what each layer has for itself
 
 
@@ -244,7 +254,7 @@ def _period(layers: list[Any]) -> int:
     return next(p for p in range(1, len(layers) + 1) if all(x == layers[i % p] for i, x in enumerate(layers)))
 
 
-def _first(e: ValueError) -> str:
+def _first(e: Exception) -> str:
     """What pydantic found first."""
     errors = getattr(e, "errors", list)()
     if not errors:

@@ -102,7 +102,7 @@ def family_of(config: Mapping[str, Any], name: str) -> Family:
     kind = config.get("model_type")
     if config.get("quantization_config"):
         raise CheckpointError(f"{name}: quantization_config is set; only weights that are not quantised can be read")
-    found = [family for family in FAMILIES if kind in family.model_types]
+    found = [family for family in FAMILIES if isinstance(kind, str) and kind in family.model_types]
     if fits := [family for family in found if family.when(config)]:
         return fits[0]
     if found:

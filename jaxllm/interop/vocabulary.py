@@ -93,6 +93,12 @@ def read(metadata: Mapping[str, Any], name: str) -> tuple[Tokenizer, tuple[int, 
     return made, (made.bos_id,) if begins and made.bos_id is not None else ()
 
 
+def ends(file: gguf.GGUF) -> tuple[int, ...]:
+    """Ids that end what a model says, besides that of the end of a text: of a turn, of a message."""
+    found = (file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom"))
+    return tuple(i for i in found if isinstance(i, int))
+
+
 KINDS = (
     "gpt2",
     "llama",
@@ -164,7 +170,11 @@ def _sentencepiece(said: Mapping[str, Any], name: str) -> Tokenizer:
 
 
 def metadata(
-    tokenizer: Tokenizer | None, start: Sequence[int], rows: int, templates: Mapping[str, str] = {}
+    tokenizer: Tokenizer | None,
+    start: Sequence[int],
+    rows: int,
+    templates: Mapping[str, str] = {},
+    ends: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The metadata of a tokenizer, which `read` gives back.
 
@@ -173,6 +183,7 @@ def metadata(
       start: ids that every text begins with; there can be one.
       rows: of the embedding; there are as many tokens, the last of them unused.
       templates: of chats, by name; `default` is the model's own.
+      ends: ids that end what the model says; the first that is not the tokenizer's own is the end of a turn.
 
     Raises:
       ConfigError: llama.cpp has no such tokenizer, or none that is known here.
@@ -194,6 +205,8 @@ def metadata(
     said |= {key: i for key, i in named.items() if i is not None}
     said |= {"bos_token_id": start[0]} if start else {}
     said["add_bos_token"] = bool(start)
+    if turns := [i for i in ends if i != tokenizer.eos_id]:
+        said["eot_token_id"] = turns[0]
     out = {f"tokenizer.ggml.{key}": x for key, x in {"model": kind, **said}.items()}
     _same_ids(tokenizer, tuple(start), out)
     for name, text in templates.items():

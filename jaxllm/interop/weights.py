@@ -25,7 +25,8 @@ class Kept(NamedTuple):
     tied: tuple[str, ...] = ()  # tensors that repeat others, which the config says they are tied to
 
 
-def logical_shapes(cfg: AnyModel) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)  # a model is laid out anew each time
+def logical_shapes(cfg: AnyModel) -> Mapping[str, tuple[int, ...]]:
     """Shapes of a model's weights, one a layer."""
     return {name: x.shape for name, x in layout.unstack(abstract(cfg)[1], cfg).items()}
 

@@ -85,6 +85,13 @@ def test_chat_templates_go_along_by_name(tmp_path):
     assert metadata["tokenizer.chat_templates"] == ["tool_use"]
 
 
+def test_the_end_of_a_turn_comes_back_and_that_of_a_text_is_the_tokenizers_own(tmp_path):
+    tokenizer = TRAINED["bytes"]()
+    _, metadata = round_trip(tokenizer, (), tmp_path, ends=(tokenizer.eos_id, 7))
+    assert metadata["tokenizer.ggml.eot_token_id"] == 7
+    assert vocabulary.ends(open_gguf(tmp_path / "x.gguf")) == (7,)
+
+
 def changed(path, value):
     """A byte-level tokenizer.json that says something else at a place."""
     tree = json.loads(TRAINED["pairs"]().data)

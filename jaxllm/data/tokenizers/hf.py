@@ -142,6 +142,11 @@ def with_added(data: bytes, tokens: Iterable[tuple[int, Tree]], where: str) -> b
 
 def parsed(data: bytes, where: str) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_buffer(data)
-    except ValueError as e:
+        model = tokenizers.Tokenizer.from_buffer(data)
+        # A template may name a token that is nowhere, which the library finds out when it encodes.
+        model.decode(model.encode("a b", add_special_tokens=True).ids, skip_special_tokens=False)
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":  # what Rust's panics become
+            raise
         raise DataError(f"{where}: not a Hugging Face tokenizer.json, or a truncated one ({e})") from None
+    return model
