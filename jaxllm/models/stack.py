@@ -29,7 +29,7 @@ class Stack(nnx.Module):
 
     `scan=False` unrolls the groups, `remat` names what the backward pass computes again: neither changes a weight
     or a result. `places` says which group lies where in the stacks, for runs that spread them over stages; such a model
-    computes by `group` alone.
+    computes by `group` alone. `models.module.for_decoding` makes a model of which all layers are in `tail`.
     """
 
     def __init__(self, cfg: StackConfig, *, scan: bool = True, remat: Remat = "none"):
@@ -115,9 +115,10 @@ class Stack(nnx.Module):
             first, blocks = group_blocks
             return self.group(blocks, x_BTD, context, first, key, keep=keep, scanned=self.scan and cfg.num_groups > 1)
 
-        firsts = P * jnp.arange(cfg.num_groups)
-        x_BTD, kvs = jax.lax.scan(group, x_BTD, (firsts, tuple(self.blocks)), unroll=1 if self.scan else cfg.num_groups)
-        last = jnp.int32(P * cfg.num_groups)
+        kvs, last = (), jnp.int32(P * cfg.num_groups if self.blocks else 0)
+        if self.blocks:
+            firsts, unroll = P * jnp.arange(cfg.num_groups), 1 if self.scan else cfg.num_groups
+            x_BTD, kvs = jax.lax.scan(group, x_BTD, (firsts, tuple(self.blocks)), unroll=unroll)
         x_BTD, tail = self.group(tuple(self.tail), x_BTD, context, last, key, keep=keep, scanned=False)
         return x_BTD, (kvs, tail)
 
