@@ -7,6 +7,7 @@ from io import TextIOBase
 from jaxllm.data import tokenizers
 from jaxllm.inference.config import GenerateConfig
 from jaxllm.inference.generate import Completion, complete
+from jaxllm.models.module import for_decoding
 from jaxllm.pretrained import load
 
 
@@ -19,6 +20,7 @@ def run(cfg: GenerateConfig, out: TextIOBase | None = None) -> list[Completion]:
     """
     out = out or sys.stdout
     found = load(cfg.model, cfg.step, cfg.precision)
+    found = found._replace(model=for_decoding(found.model))
     live = cfg.stream and len(cfg.prompt) == 1
     begun = False
 

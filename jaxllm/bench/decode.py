@@ -155,11 +155,12 @@ def _serve(side: str, folder: str) -> None:
 
 
 def our_side(folder: str) -> Callable[[np.ndarray], list[list[int]]]:
-    """Completes a batch with `jaxllm.inference.generate`."""
+    """Completes a batch with `jaxllm.inference.generate`, the model laid out as `jaxllm generate` does."""
     from jaxllm.inference.generate import generate
+    from jaxllm.models.module import for_decoding
     from jaxllm.pretrained import load_model
 
-    model = load_model(folder, "float32")
+    model = for_decoding(load_model(folder, "float32"))
     return lambda prompts: [list(c.tokens) for c in generate(model, prompts.tolist(), max_new_tokens=NEW)]
 
 

@@ -21,7 +21,7 @@ from jaxllm.inference.sampling import row_keys, sample
 from jaxllm.models.config import DecoderConfig, EncoderDecoderConfig
 from jaxllm.models.decoder import Cache, Decoder
 from jaxllm.models.encoder_decoder import EncoderDecoder
-from jaxllm.models.module import Params, merge, split
+from jaxllm.models.module import Params, for_decoding, merge, split
 
 STEPS = 16  # tokens a row between two looks at them, when nobody watches
 NEVER = -1  # an end token that no model says
@@ -131,7 +131,7 @@ def generate(
     _check(model.cfg, prompts, max_new_tokens)
     ends = frozenset(end_ids) | ({eos_id} if eos_id is not None else set())
     rows = [_Row(stream and stream(prompt), ends, stop) for prompt in prompts]
-    graphdef, params = split(model)
+    graphdef, params = split(for_decoding(model))
     length = bucket(max(map(len, prompts)))
     tokens_BT = np.array([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], np.int32)
     pad_B = np.array([length - len(prompt) for prompt in prompts], np.int32)

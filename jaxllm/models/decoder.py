@@ -1,6 +1,7 @@
 """The decoder: embedding, layers, head; with a cache for generation."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -218,7 +219,8 @@ class Decoder(Stack):
         sizes = [cache_size(b, capacity) for b in self.cfg.blocks]
         cache = Cache(
             blocks=tuple(jax.tree.map(functools.partial(ring, size=n, axis=2), kv) for kv, n in zip(blocks, sizes)),
-            tail=tuple(jax.tree.map(functools.partial(ring, size=n, axis=1), kv) for kv, n in zip(tail, sizes)),
+            tail=tuple(jax.tree.map(functools.partial(ring, size=n, axis=1), kv)
+                       for kv, n in zip(tail, itertools.cycle(sizes))),
             length=jnp.int32(T), pad_B=pad_B, prefix_B=prefix_B, query=query,
         )  # fmt: skip
         return logits_BV, cache
@@ -257,10 +259,10 @@ class Decoder(Stack):
                 out.append(kv)
             return (x_BTD, tuple(out)), None
 
-        carry, _ = jax.lax.scan(
-            group_step, (x_BTD, cache.blocks), (jnp.arange(self.cfg.num_groups), tuple(self.blocks), cross_blocks)
-        )
-        x_BTD, blocks = carry
+        blocks = cache.blocks
+        if self.blocks:
+            groups = jnp.arange(self.cfg.num_groups), tuple(self.blocks), cross_blocks
+            (x_BTD, blocks), _ = jax.lax.scan(group_step, (x_BTD, blocks), groups)
         tail = []
         for block, kv, other in zip(self.tail, cache.tail, cross_tail, strict=True):
             x_BTD, kv = self._decode_layer(block, x_BTD, layer, lambda new, kv=kv: write(kv, new, None), other)

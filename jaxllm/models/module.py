@@ -1,17 +1,20 @@
 """Models as values: a static definition and a flat dict of named arrays."""
 
+import re
 from collections.abc import Mapping
 
 import jax
 from flax import nnx
 
 from jaxllm.core.shapes import Array, Key
+from jaxllm.models import layout
 from jaxllm.models.config import AnyModel
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.encoder import Encoder
 from jaxllm.models.encoder_decoder import EncoderDecoder
 from jaxllm.models.layout import Places
 from jaxllm.models.remat import Remat
+from jaxllm.models.stack import make
 
 Params = dict[str, Array]
 Axes = dict[str, tuple[str | None, ...]]
@@ -52,3 +55,24 @@ def abstract(
         shapes[name] = variable.get_value()
         axes[name] = stacked + variable.get_metadata()["axes"]
     return graphdef, shapes, axes
+
+
+def for_decoding(model: Model) -> Model:
+    """The model as this platform decodes it fastest.
+
+    On CPU that is a decoder without stacks, each layer's weights in arrays of their own: XLA's CPU backend copies them
+    out of a stack at every token, which is as much work as what is done with them.
+    """
+    if jax.default_backend() != "cpu" or not isinstance(model, Decoder) or not model.blocks:
+        return model
+    cfg = model.cfg
+
+    def unstacked() -> Decoder:
+        new = Decoder(cfg, rngs=nnx.Rngs(params=0))
+        new.blocks = nnx.List([])
+        new.tail = nnx.List([make(cfg, cfg.layer(i), jax.random.key(0)) for i in range(cfg.num_layers)])
+        return new
+
+    params = layout.unstack(split(model)[1], cfg)
+    named = {re.sub(r"^layers\.", "tail.", name): x for name, x in params.items()}
+    return merge(nnx.graphdef(nnx.eval_shape(unstacked)), named)

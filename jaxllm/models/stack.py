@@ -30,7 +30,7 @@ class Stack(nnx.Module):
 
     `scan=False` unrolls the groups, `remat` names what the backward pass computes again: neither changes a weight
     or a result. `places` says which group lies where in the stacks, for runs that spread them over stages; such a model
-    computes by `group` alone.
+    computes by `group` alone. `models.module.for_decoding` makes a model of which all layers are in `tail`.
     """
 
     def __init__(self, cfg: StackConfig, *, scan: bool = True, remat: Remat = "none"):
@@ -122,9 +122,10 @@ class Stack(nnx.Module):
             x_BTD, kvs = self.group(blocks, x_BTD, context, first, key, **told)
             return x_BTD, (kvs, seen)
 
-        firsts, unroll = P * jnp.arange(cfg.num_groups), 1 if self.scan else cfg.num_groups
-        x_BTD, (kvs, seen) = jax.lax.scan(group, x_BTD, (firsts, tuple(self.blocks)), unroll=unroll)
-        last, late = jnp.int32(P * cfg.num_groups), []
+        kvs, seen, late, last = (), [], [], jnp.int32(P * cfg.num_groups if self.blocks else 0)
+        if self.blocks:
+            firsts, unroll = P * jnp.arange(cfg.num_groups), 1 if self.scan else cfg.num_groups
+            x_BTD, (kvs, seen) = jax.lax.scan(group, x_BTD, (firsts, tuple(self.blocks)), unroll=unroll)
         told = {"keep": keep, "scanned": False, "watch": watch and late.append}
         x_BTD, tail = self.group(tuple(self.tail), x_BTD, context, last, key, **told)
         if seen or late:
