@@ -79,7 +79,11 @@ SLOTS = {"kind": "slots", "slots": 5}
 @pytest.mark.parametrize(
     ("overrides", "ffn"),
     [
-        (("mesh.expert=4",), {"shared": {"mlp": 16, "gate": True}, "router": {"kind": "softmax", "bias": True}}),
+        pytest.param(
+            ("mesh.expert=4",),
+            {"shared": {"mlp": 16, "gate": True}, "router": {"kind": "softmax", "bias": True}},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(("mesh.expert=2", "mesh.tensor=2"), {"bias": True}, marks=pytest.mark.slow),
         pytest.param(("mesh.fsdp=2", "mesh.expert=2", "accumulate=2"), {}, marks=pytest.mark.slow),
         pytest.param(("mesh.context=4",), {"capacity": SLOTS, "router": "sigmoid"}, marks=pytest.mark.slow),
