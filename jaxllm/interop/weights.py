@@ -150,7 +150,7 @@ def tensors_of(
       shapes: logical name -> shape.
     """
     out: dict[str, tuple[tuple[int, ...], Row, int]] = {}
-    for row in rows_of(family.table(cfg), shapes):
+    for row in rows_of(family.table(cfg), logical_shapes(cfg)):  # whatever the order of `shapes`
         made = shapes_of_theirs(row.form, tuple(shapes[o] for o in row.ours))
         for i, (n, shape) in enumerate(zip(row.theirs, made, strict=True)):
             out[n.removeprefix(family.prefix) if kept.bare else n] = shape, row, i
