@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from jaxllm.interop.family import Family, Given, Part, activation
-from jaxllm.interop.names import FLAT, Row, Table, layers, linear, matrix, norm, table, tensor
+from jaxllm.interop.family import ACTIVATIONS, ACTIVATIONS_OF_OURS, Family, Given, Part, activation
+from jaxllm.interop.names import FLAT, Form, Row, Table, by_head, layers, linear, matrix, norm, table, tensor
 from jaxllm.models.config import EncoderConfig
 
 # --- what is predicted ---------------------------------------------------------------------------------------------
@@ -326,4 +326,112 @@ ELECTRA = Family(
     drop=("position_ids",), model=EncoderConfig, repeats={"generator_lm_head.weight": "embedding"},
 )  # fmt: skip
 
-FAMILIES = (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ALBERT, ELECTRA, MPNET, ERNIE)
+# --- DeBERTa -------------------------------------------------------------------------------------------------------
+
+
+def _disentangled(given: Given) -> dict[str, Any]:
+    types = given.get("pos_att_type") or []
+    types = [t.strip().lower() for t in types.split("|")] if isinstance(types, str) else types
+    span, buckets = given.get("max_relative_positions", -1), given.get("position_buckets", -1)
+    head_dim = given["hidden_size"] // given["num_attention_heads"]
+    out = {
+        "context": given["max_position_embeddings"],
+        "position": {"kind": "learned"} if given["position_biased_input"] else {"kind": "none"},
+        "block.attention.scale": (head_dim * (1 + len(types))) ** -0.5,
+    }
+    if not given["relative_attention"]:
+        return out
+    return out | {"relative": {
+        "kind": "disentangled", "span": span if span > 0 else given["max_position_embeddings"],
+        "buckets": buckets if buckets > 0 else None, "content_to_position": "c2p" in types,
+        "position_to_content": "p2c" in types, "own_projections": not given.get("share_att_key", False),
+        "norm": "layer_norm" in given.get("norm_rel_ebd", "none"),
+    }}  # fmt: skip
+
+
+def _disentangled_theirs(cfg: EncoderConfig) -> dict[str, Any]:
+    relative, a = cfg.relative, cfg.block.attention
+    out = {
+        "max_position_embeddings": cfg.context, "position_biased_input": cfg.position.kind == "learned",
+        "relative_attention": relative is not None,
+    }  # fmt: skip
+    if relative is None:  # what the logits are divided by is all that is left of the kinds
+        return out | {"pos_att_type": ["c2p", "p2c"][: round(a.scale**-2 / cfg.head_dim(a)) - 1]}
+    kinds = {"c2p": relative.content_to_position, "p2c": relative.position_to_content}
+    return out | {
+        "max_relative_positions": relative.span, "position_buckets": relative.buckets or -1,
+        "pos_att_type": [kind for kind, there in kinds.items() if there],
+        "share_att_key": not relative.own_projections, "norm_rel_ebd": "layer_norm" if relative.norm else "none",
+    }  # fmt: skip
+
+
+DISENTANGLED = Part(_disentangled, _disentangled_theirs)
+CONVOLUTION = Part(
+    lambda given: {"convolution": {
+        "width": given["conv_kernel_size"], "activation": ACTIVATIONS[given.get("conv_act", "tanh")],
+        "groups": given.get("conv_groups", 1),
+    } if given.get("conv_kernel_size", 0) > 0 else None},
+    lambda cfg: {} if cfg.convolution is None else {
+        "conv_kernel_size": cfg.convolution.width, "conv_groups": cfg.convolution.groups,
+        "conv_act": ACTIVATIONS_OF_OURS[cfg.convolution.activation],
+    },
+)  # fmt: skip
+
+
+def _deberta_heads(prefix: str) -> Part:
+    return heads({
+        f"{prefix}Model": {"heads": []}, f"{prefix}ForMaskedLM": {"heads": ["mlm"]},
+        f"{prefix}ForSequenceClassification": {"pooler": "gelu", "heads": ["classification"]},
+        f"{prefix}ForTokenClassification": {"heads": ["tokens"]}, f"{prefix}ForQuestionAnswering": {"heads": ["qa"]},
+    })  # fmt: skip
+
+
+def _deberta(*rows: Table) -> Table:
+    return table(
+        embeddings("deberta."), layers("deberta.encoder.layer.{}", *(row for part in rows for row in layer(part))),
+        tensor("deberta.encoder.rel_embeddings.weight", "relative.table"),
+        norm("deberta.encoder.LayerNorm", "relative.norm"),
+        tensor("deberta.encoder.conv.conv.weight", "convolution.w", TURNED),
+        tensor("deberta.encoder.conv.conv.bias", "convolution.b"),
+        norm("deberta.encoder.conv.LayerNorm", "convolution.norm"), CLS, QA,
+        affine("pooler.dense", "pooler"), affine("classifier", "classification"), affine("classifier", "tokens"),
+    )  # fmt: skip
+
+
+# A convolution's weight, [out, in, width] of theirs.
+TURNED = Form(
+    lambda theirs, shapes: [x.transpose(2, 1, 0).reshape(s) for x, s in zip(theirs, shapes, strict=True)],
+    lambda ours: [x.transpose(2, 1, 0) for x in ours],
+)
+_DEBERTA = DEFAULTS | {
+    "layer_norm_eps": 1e-7, "type_vocab_size": 0, "relative_attention": False, "position_biased_input": True,
+}  # fmt: skip
+_LEGACY = {"tie_word_embeddings": True, "legacy": True, "pooler_hidden_act": "gelu"}
+DEBERTA = Family(
+    "deberta", "DebertaModel", prefix="deberta.",
+    names=_deberta(table(
+        (Row(("attention.self.in_proj.weight",), tuple(f"attention.w_{n}" for n in "qkv"), by_head()),),
+        tensor("attention.self.q_bias", "attention.b_q", FLAT), tensor("attention.self.v_bias", "attention.b_v", FLAT),
+        linear("attention.self.pos_proj", "attention.relative.k"),
+        linear("attention.self.pos_q_proj", "attention.relative.q"),
+    )),
+    sizes=SIZES, fixed=FIXED | {"block.attention.key_bias": False}, defaults=_DEBERTA | {"vocab_size": 50265},
+    only=_LEGACY | {"talking_head": False}, parts=(SEGMENTS, DISENTANGLED, _deberta_heads("Deberta")),
+    drop=("position_ids",), model=EncoderConfig, repeats=TWICE,
+)  # fmt: skip
+DEBERTA_V2 = Family(
+    "deberta-v2", "DebertaV2Model", prefix="deberta.",
+    names=_deberta(table(
+        qkv("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
+        linear("attention.self.pos_key_proj", "attention.relative.k"),
+        linear("attention.self.pos_query_proj", "attention.relative.q"),
+    )),
+    sizes=SIZES, fixed=FIXED, defaults=_DEBERTA | {
+        "vocab_size": 128100, "hidden_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 24,
+        "intermediate_size": 6144,
+    },
+    only=_LEGACY, parts=(SEGMENTS, DISENTANGLED, CONVOLUTION, _deberta_heads("DebertaV2")),
+    drop=("position_ids",), model=EncoderConfig, repeats=TWICE,
+)  # fmt: skip
+
+FAMILIES = (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ALBERT, ELECTRA, MPNET, ERNIE, DEBERTA, DEBERTA_V2)

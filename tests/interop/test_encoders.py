@@ -92,7 +92,29 @@ def distilbert(draw):
     )  # fmt: skip
 
 
+def _deberta(draw: Any) -> dict[str, Any]:
+    kinds = draw(of([[], ["c2p"], ["p2c"], ["c2p", "p2c"]]))
+    return sizes(draw, **segments(draw)) | {
+        "type_vocab_size": draw(of([0, 2])), "relative_attention": draw(flag) and bool(kinds), "pos_att_type": kinds,
+        "max_relative_positions": draw(of([-1, 4, 16])), "position_biased_input": draw(flag), "pooler_hidden_act": "gelu",
+    }  # fmt: skip
+
+
+def deberta(draw):
+    return transformers.DebertaConfig(**_deberta(draw))
+
+
+def deberta_v2(draw):
+    c = _deberta(draw)
+    if c["relative_attention"]:
+        c |= {"position_buckets": draw(of([-1, 4, 6])), "max_relative_positions": 16, "share_att_key": draw(flag)}
+        c |= {"norm_rel_ebd": draw(of(["none", "layer_norm"]))}
+    convolution = {"conv_kernel_size": 3, "conv_act": draw(of(["tanh", "gelu"])), "conv_groups": draw(of([1, 2]))}
+    return transformers.DebertaV2Config(**c, **(convolution if draw(flag) else {}))
+
+
 PREFIX = {
+    "deberta": "Deberta", "deberta_v2": "DebertaV2",
     "bert": "Bert", "ernie": "Ernie", "roberta": "Roberta", "xlm_roberta": "XLMRoberta", "camembert": "Camembert",
     "mpnet": "MPNet", "albert": "Albert", "electra": "Electra", "distilbert": "DistilBert",
 }  # fmt: skip
@@ -102,7 +124,7 @@ MORE = {
     "albert": {"ForPreTraining": {}}, "electra": {"ForPreTraining": {"logits": "rtd"}},
 }  # fmt: skip
 DRAWN = {f.__name__: f for f in (
-    bert, ernie, roberta, xlm_roberta, camembert, mpnet, albert, electra, distilbert,
+    bert, ernie, roberta, xlm_roberta, camembert, mpnet, albert, electra, distilbert, deberta, deberta_v2,
 )}  # fmt: skip
 
 
