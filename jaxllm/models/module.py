@@ -1,5 +1,6 @@
 """Models as values: a static definition and a flat dict of named arrays."""
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -65,14 +66,19 @@ def for_decoding(model: Model) -> Model:
     """
     if jax.default_backend() != "cpu" or not isinstance(model, Decoder) or not model.blocks:
         return model
-    cfg = model.cfg
-
-    def unstacked() -> Decoder:
-        new = Decoder(cfg, rngs=nnx.Rngs(params=0))
-        new.blocks = nnx.List([])
-        new.tail = nnx.List([make(cfg, cfg.layer(i), jax.random.key(0)) for i in range(cfg.num_layers)])
-        return new
-
-    params = layout.unstack(split(model)[1], cfg)
+    params = layout.unstack(split(model)[1], model.cfg)
     named = {re.sub(r"^layers\.", "tail.", name): x for name, x in params.items()}
-    return merge(nnx.graphdef(nnx.eval_shape(unstacked)), named)
+    return merge(_unstacked(model.cfg), named)
+
+
+@functools.cache
+def _unstacked(cfg: DecoderConfig) -> nnx.GraphDef:
+    """The definition of a decoder with all layers in `tail`."""
+
+    def make_one() -> Decoder:
+        model = Decoder(cfg, rngs=nnx.Rngs(params=0))
+        model.blocks = nnx.List([])
+        model.tail = nnx.List([make(cfg, cfg.layer(i), jax.random.key(0)) for i in range(cfg.num_layers)])
+        return model
+
+    return nnx.graphdef(nnx.eval_shape(make_one))

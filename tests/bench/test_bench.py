@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxllm import bench, cli
-from jaxllm.bench import plan, train
+from jaxllm.bench import decode, load, plan, train
 from jaxllm.core.errors import UserError
 
 
@@ -121,3 +121,34 @@ def test_the_versions_of_a_training_measurement_name_torch(monkeypatch):
         pytest.skip("torch, the peer, is not installed: pip install 'jaxllm[oracle]'")
     monkeypatch.setattr(train, "_worker", lambda side: contextlib.nullcontext(lambda precision: [1.0, 1.0]))
     assert train.measure(1)["versions"] == {"torch": importlib.metadata.version("torch")}
+
+
+def test_a_model_is_taken_by_the_measurements_that_can_use_one(measured, capsys):
+    assert cli.main(["bench", "constant", "--model", "x.gguf"]) == 2
+    assert "--model is for `jaxllm bench decode`" in capsys.readouterr().err and not measured
+
+
+def test_both_readers_of_the_loading_measurement_give_what_was_written(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    monkeypatch.setattr(load, "SHAPES", {"a": (3, 5), "b": (0,), "c": (64,)})
+    result = load.measure(2)
+    assert {side: len(times) for side, times in result["seconds"].items()} == {"ours": 2, "mmap": 2, "pread": 2}
+    best = min(sum(result["seconds"][side]) for side in load.BACKENDS)
+    assert result["ratio"] == pytest.approx(best / sum(result["seconds"]["ours"]))
+
+
+def test_the_decoding_measurement_divides_each_ratio_by_what_is_wanted_of_it(monkeypatch):
+    pytest.importorskip("transformers")
+    spent = {"ours": 2.0, "sdpa": 4.0, "eager": 3.0}
+
+    def worker(side, folder):
+        answer = lambda rows: {"tokens": [[1]] * rows, "seconds": rows * spent[side], "cpu_seconds": 1.0}
+        return contextlib.nullcontext(answer)
+
+    monkeypatch.setattr(decode, "_worker", worker)
+    monkeypatch.setattr(decode, "_folder", lambda model: contextlib.nullcontext(Path("nowhere")))
+    result = decode.measure(3)
+    assert result["ratio"] == pytest.approx(1.5 / 1.5) and result["batches"]["8"]["ratio"] == pytest.approx(1.5)
+    assert result["ours"] == pytest.approx(128 / 2) and result["peer"] == pytest.approx(128 / 3)
+    assert result["batches"]["1"]["peer_attention"] == "eager" and result["batches"]["8"]["same_tokens"] == 1
+    assert result["config"]["weights"] == "random" and {"torch", "transformers"} <= result["versions"].keys()
