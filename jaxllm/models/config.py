@@ -632,6 +632,7 @@ def _decoder_unless_said(value: Any) -> Any:
     return {"kind": "decoder"} | value if isinstance(value, dict) else value
 
 
+DecoderModel = union(DecoderConfig)  # what is trained and planned
 # A bare block is a decoder.
 Model = Annotated[union(DecoderConfig, EncoderConfig, EncoderDecoderConfig), BeforeValidator(_decoder_unless_said)]
 

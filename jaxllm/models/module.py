@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxllm.core.shapes import Array, Key
 from jaxllm.models import layout
-from jaxllm.models.config import AnyModel
+from jaxllm.models.config import AnyModel, DecoderConfig
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.encoder import Encoder
 from jaxllm.models.encoder_decoder import EncoderDecoder

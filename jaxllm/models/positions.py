@@ -252,8 +252,8 @@ class Disentangled(Config):
     kind: Literal["disentangled"] = "disentangled"
     span: int = Field(512, gt=0)  # distances at or beyond are as this one
     buckets: int | None = Field(None, gt=1)  # of distances, logarithmic beyond half of them (v2, v3: 256); null: each
-    content_to_position: bool = True
-    position_to_content: bool = True
+    content_to_position: bool = True  # products of queries and of what distances say as keys
+    position_to_content: bool = True  # products of keys and of what distances say as queries
     own_projections: bool = True  # of positions; else those of queries and keys project them, too (v2, v3)
     norm: bool = False  # layer norm of the table of positions (v2, v3)
 

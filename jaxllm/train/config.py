@@ -9,7 +9,7 @@ from jaxllm.core.config import Config, union
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.metrics import Metrics
 from jaxllm.data.config import DataConfig
-from jaxllm.models.config import Model, Remat
+from jaxllm.models.config import DecoderModel, Remat
 from jaxllm.objectives.config import NextToken, Objective
 from jaxllm.parallel.config import (
     Compression,
@@ -273,7 +273,7 @@ class RunConfig(Config):
     accumulate: int = Field(1, gt=0)  # microbatches a step is cut into
     ramp: Ramp | None = None  # a batch that grows at the start
     data: DataConfig  # what to train on
-    model: Model  # what to train
+    model: DecoderModel  # what to train
     initial: str | None = None  # model to take the weights from: a run, a Hugging Face folder, a GGUF file
     objective: Objective = NextToken()  # what is minimised
     optimizer: Optimizer  # how
