@@ -19,7 +19,7 @@ from typing import NamedTuple
 from jaxllm.core.config import SHIPPED, Config, dump, parse, read_tree
 from jaxllm.core.errors import UserError
 from jaxllm.models import count
-from jaxllm.models.config import DecoderConfig, Model
+from jaxllm.models.config import AnyModel, Model
 
 MODELS, CHAT = SHIPPED / "models", SHIPPED / "chat"
 
@@ -76,7 +76,7 @@ def path(name: str) -> Path:
     return file
 
 
-def preset(name: str) -> DecoderConfig:
+def preset(name: str) -> AnyModel:
     """The config of a published model; raises UserError as `path`."""
     file = path(name)
     return parse(_Preset, {"model": read_tree(file)}, name=str(file)).model
@@ -181,16 +181,17 @@ def _formats(members: list[Published]) -> str:
     return f"; chat: {', '.join(found)}" if found else ""
 
 
-def _parts(cfg: DecoderConfig) -> Iterator[tuple[str, int]]:
+def _parts(cfg: AnyModel) -> Iterator[tuple[str, int]]:
     """Parts with their sizes, layers in a row of the same size as one line."""
-    of_layer = lambda part: (part[0].partition(".")[0], part[1])
+    of_layer = lambda part: (re.sub(r"layers\.\d+$", "layers", part[0]), part[1])
     for (name, n), run in itertools.groupby(count.parts(cfg).items(), key=of_layer):
         names = [part for part, _ in run]
-        if name != "layers":
+        if not name.endswith("layers"):
             yield name, n
             continue
-        first, last = names[0], names[-1].partition(".")[2]
-        each = count.block_parts(cfg, cfg.layer(int(first.partition(".")[2])))
+        first, last = names[0], names[-1].rpartition(".")[2]
+        side = getattr(cfg, name.rpartition(".")[0]) if "." in name else cfg
+        each = count.block_parts(side, side.layer(int(first.rpartition(".")[2])))
         yield (first if len(names) == 1 else f"{first}-{last} ({len(names)} of {n:,})"), n * len(names)
         for part, size in each.items():
             yield f"  {part}", size * len(names)

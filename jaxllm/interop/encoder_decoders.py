@@ -30,7 +30,9 @@ def attention(theirs: str, ours: str, o: str) -> Table:
     )  # fmt: skip
 
 
-START = Part(lambda given: {"start": given.get("decoder_start_token_id")}, lambda cfg: {"decoder_start_token_id": cfg.start})
+START = Part(
+    lambda given: {"start": given.get("decoder_start_token_id")}, lambda cfg: {"decoder_start_token_id": cfg.start}
+)
 
 # --- T5 ------------------------------------------------------------------------------------------------------------
 
@@ -47,7 +49,11 @@ def _t5_table(cfg: EncoderDecoderConfig) -> Table:
             if side == "decoder" else ()
         )  # fmt: skip
         gated = cfg.encoder.block.ffn.glu
-        ffn = (linear(f"{dense}.wi_0", "ffn.gate"), linear(f"{dense}.wi_1", "ffn.up")) if gated else (linear(f"{dense}.wi", "ffn.up"),)
+        ffn = (
+            (linear(f"{dense}.wi_0", "ffn.gate"), linear(f"{dense}.wi_1", "ffn.up"))
+            if gated
+            else (linear(f"{dense}.wi", "ffn.up"),)
+        )
         bias = "layer.0.SelfAttention.relative_attention_bias.weight"
         rows += [
             *layers(
@@ -91,6 +97,7 @@ def _t5_head_theirs(cfg: EncoderDecoderConfig) -> dict[str, Any]:
 
 T5_SIZES = {
     "vocab_size": both("vocab"), "d_model": both("embed"), "num_layers": "encoder.num_layers",
+    "n_positions": both("context"),
     "d_kv": (*both("block.attention.head_dim"), "decoder.block.cross.head_dim"), "d_ff": both("block.ffn.mlp"),
     "num_heads": (*both("block.attention.num_heads"), "decoder.block.cross.num_heads"),
     "relative_attention_num_buckets": both("relative.buckets"),
@@ -114,7 +121,7 @@ def t5(kind: str, architecture: str, *, shared: bool = True, ffn: str = "relu", 
         defaults={
             "vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8,
             "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6,
-            "feed_forward_proj": ffn, "decoder_start_token_id": 0,
+            "feed_forward_proj": ffn, "decoder_start_token_id": 0, "n_positions": 512,
         },
         parts=(
             Part(

@@ -8,6 +8,7 @@ from jaxllm.models.config import EncoderConfig
 
 # --- what is predicted ---------------------------------------------------------------------------------------------
 
+
 def heads(architectures: dict[str, dict[str, Any]], act: str | None = None, mlm: str | None = None) -> Part:
     """Heads and pooler, as the first of `architectures` asks for them; the first named here is the one by default.
 
@@ -148,9 +149,7 @@ AFTER_PADDING = Part(
         "max_position_embeddings": cfg.context + cfg.position.offset, "pad_token_id": cfg.position.offset - 1,
     },
 )  # fmt: skip
-SEGMENTS = Part(
-    lambda given: {"segments": given["type_vocab_size"]}, lambda cfg: {"type_vocab_size": cfg.segments}
-)
+SEGMENTS = Part(lambda given: {"segments": given["type_vocab_size"]}, lambda cfg: {"type_vocab_size": cfg.segments})
 TABLE = Part(
     lambda given: {"table": given["embedding_size"] if given["embedding_size"] != given["hidden_size"] else None},
     lambda cfg: {"embedding_size": cfg.table_width},

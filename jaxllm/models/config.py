@@ -258,7 +258,7 @@ class Block(Config):
     norm: Norm = RMSNorm()  # the norm used everywhere in the layer
     placement: Placement = Pre()  # where the norms stand
     attention: Attention = Attention()  # the attention
-    cross: Attention | None = None  # attention to an encoder's output, between the two (decoders of encoder-decoders)
+    cross: Attention | None = None  # attention to all of an encoder's output, between the two, whatever its mask
     ffn: FeedForward = FFN()  # the feed-forward
 
     @model_validator(mode="after")
@@ -368,7 +368,9 @@ class Stack(Config):
                 raise ValueError(f"cross needs placement=pre or post, got {block.placement.kind}")
         sizes = {(b.attention.num_heads, self.head_dim(b.attention)) for b in self.blocks}
         if self.relative is not None and len(sizes) > 1:
-            raise ValueError(f"relative={self.relative.kind} needs layers with as many heads, and of a size; got {sizes}")
+            raise ValueError(
+                f"relative={self.relative.kind} needs layers with as many heads, and of a size; got {sizes}"
+            )
         if len(self.blocks) > self.num_layers:
             raise ValueError(f"pattern has {len(self.blocks)} entries for num_layers={self.num_layers}")
         if len({b.placement.kind in ("post", "deepnorm") for b in self.blocks}) > 1:
@@ -538,7 +540,9 @@ class EncoderConfig(Stack):
     tasks: int = Field(0, ge=0)  # kinds of task, each with an embedding (ERNIE 2, arXiv:1907.12412)
     repeat: int = Field(1, gt=0)  # times that each layer is computed with the same weights (ALBERT: 12)
     convolution: Convolution | None = None  # beside the first layer
-    pooler: Activation | None = None  # act(x W) of a row's first token, for heads that judge rows; null: the token itself
+    pooler: Activation | None = (
+        None  # act(x W) of a row's first token, for heads that judge rows; null: the token itself
+    )
     heads: tuple[Head, ...] = ()  # what is predicted, each kind at most once
 
     @model_validator(mode="before")
@@ -607,6 +611,10 @@ class EncoderDecoderConfig(Config):
     @property
     def context(self) -> int:
         return self.decoder.context
+
+    @property
+    def table_width(self) -> int:
+        return self.decoder.table_width
 
     @property
     def draws(self) -> bool:

@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a decoder, as closed formulas of its config; needs no JAX.
+"""Parameters of models and floating-point operations of decoders, as closed formulas of a config; needs no JAX.
 
 A token passes through a part of a mixture only: `active` counts that part, and a model's FLOPs are those of the experts
 that a token chooses. Dense dispatch computes all of them (`chosen=False`).
@@ -7,7 +7,7 @@ that a token chooses. Dense dispatch computes all of them (`chosen=False`).
 from typing import NamedTuple
 
 from jaxllm.core.errors import ConfigError
-from jaxllm.models.config import FFN, Attention, Block, DecoderConfig, MoE, Norm
+from jaxllm.models.config import FFN, AnyModel, Attention, Block, DecoderConfig, EncoderConfig, Head, MoE, Norm, Stack
 from jaxllm.models.masks import Coords
 
 
@@ -22,15 +22,15 @@ class Flops(NamedTuple):
         return self.forward + self.backward
 
 
-def parameters(cfg: DecoderConfig) -> int:
+def parameters(cfg: AnyModel) -> int:
     """Elements of all weights; a tied head counts once."""
     return sum(parts(cfg).values())
 
 
-def non_embedding(cfg: DecoderConfig) -> int:
+def non_embedding(cfg: AnyModel) -> int:
     """Parameters without token and position tables and without the head (Kaplan et al. 2020, arXiv:2001.08361)."""
-    tables = ("embedding", "positions", "query_positions", "head", "head_bias")
-    return sum(n for name, n in parts(cfg).items() if name not in tables)
+    tables = ("embedding", "positions", "query_positions", "head", "head_bias", "segments", "tasks", "mlm")
+    return sum(n for name, n in parts(cfg).items() if name.rpartition(".")[2] not in tables)
 
 
 def active(cfg: DecoderConfig) -> int:
@@ -42,19 +42,28 @@ def active(cfg: DecoderConfig) -> int:
     return parameters(cfg) - idle
 
 
-def parts(cfg: DecoderConfig) -> dict[str, int]:
-    """Parameters by part: `embedding`, `positions`, `layers.0`, ..., `final_norm`, `head`, ... in the order of use."""
+def parts(cfg: AnyModel) -> dict[str, int]:
+    """Parameters by part: `embedding`, `positions`, `layers.0`, ..., `final_norm`, `head`, ... in the order of use.
+
+    Those of an encoder-decoder are of `encoder.` or of `decoder.`, but for the embedding that both share.
+    """
+    if cfg.kind == "encoder":
+        return _encoder(cfg)
+    if cfg.kind == "encoder_decoder":
+        sides = {"encoder": parts(cfg.encoder), "decoder": parts(cfg.decoder)}
+        own = {f"{side}.{name}": n for side, count in sides.items() for name, n in count.items()}
+        if not cfg.share:
+            return own
+        shared = {"embedding": sides["decoder"]["embedding"]}
+        return shared | {name: n for name, n in own.items() if not name.endswith(".embedding")}
     D, V = cfg.embed, vocabulary(cfg)
     count = {"embedding": V * cfg.table_width}
     if cfg.table:
         count["table"] = 2 * cfg.table * D
-    if cfg.position.kind == "learned":
-        count["positions"] = (cfg.context + cfg.position.offset) * D
+    count |= _positions(cfg, D)
     if cfg.embedding_norm:
         count["embedding_norm"] = _norm(cfg.embedding_norm, D)
-    count |= {f"layers.{i}": sum(block_parts(cfg, cfg.layer(i)).values()) for i in range(cfg.num_layers)}
-    if cfg.final_norm:
-        count["final_norm"] = _norm(cfg.blocks[-1].norm, D)
+    count |= _layers(cfg)
     if not cfg.tie:
         count["head"] = cfg.table_width * V
     if cfg.head_bias:
@@ -65,18 +74,87 @@ def parts(cfg: DecoderConfig) -> dict[str, int]:
     return count
 
 
-def block_parts(cfg: DecoderConfig, block: Block) -> dict[str, int]:
-    """Parameters of one layer: `attention`, `ffn` (each without its norms) and `norms`."""
+def _encoder(cfg: EncoderConfig) -> dict[str, int]:
+    D, E = cfg.embed, cfg.table_width
+    count = {"embedding": vocabulary(cfg) * E} | _positions(cfg, E)
+    count |= {name: n * E for name, n in (("segments", cfg.segments), ("tasks", cfg.tasks)) if n}
+    if cfg.embedding_norm:
+        count["embedding_norm"] = _norm(cfg.embedding_norm, E)
+    if cfg.table:
+        count["projection"] = (E + 1) * D
+    count |= _layers(cfg)
+    if cfg.convolution:
+        count["convolution"] = cfg.convolution.width * D // cfg.convolution.groups * D + 3 * D
+    if cfg.pooler:
+        count["pooler"] = (D + 1) * D
+    return count | {head.kind: _head(cfg, head) for head in cfg.heads}
+
+
+def _head(cfg: EncoderConfig, head: Head) -> int:
+    D, E, V = cfg.embed, cfg.table_width, vocabulary(cfg)
+    match head.kind:
+        case "mlm":
+            return (D + 3) * E + V + (0 if head.tie else E * V)
+        case "rtd":
+            return (D + 1) * D + D + 1
+    return (D + 1) * getattr(head, "labels", 2)
+
+
+def _positions(cfg: Stack, width: int) -> dict[str, int]:
+    return {"positions": (cfg.context + cfg.position.offset) * width} if cfg.position.kind == "learned" else {}
+
+
+def _layers(cfg: Stack) -> dict[str, int]:
+    """Layers and what stands after them; and what all layers share of distances."""
+    shared, own = _relative(cfg)
+    count = {"relative": shared} if shared else {}
+    count |= {f"layers.{i}": sum(block_parts(cfg, cfg.layer(i)).values()) + own for i in range(cfg.num_layers)}
+    if cfg.final_norm:
+        count["final_norm"] = _norm(cfg.blocks[-1].norm, cfg.embed)
+    return count
+
+
+def _relative(cfg: Stack) -> tuple[int, int]:
+    """What is learned of distances: shared by all layers, and in each."""
+    r, D, a = cfg.relative, cfg.embed, cfg.blocks[0].attention
+    H, N = cfg.head_dim(a), a.num_heads
+    if r is None:
+        return 0, 0
+    match r.kind:
+        case "t5":
+            whole = r.buckets * N
+        case "kerple":
+            whole = 2 * N
+        case "sandwich":
+            whole = 0
+        case "fire":
+            whole = 2 + 2 * r.hidden + (r.hidden + 1) * N
+        case "tisa":
+            whole = 3 * r.kernels * N
+        case "shaw":
+            whole = (1 + r.values) * (2 * r.clip + 1) * H
+        case "xl":
+            biases = 2 * N * H
+            return (biases, D * N * H) if r.shared_biases else (0, D * N * H + biases)
+        case "disentangled":
+            keys, queries = ((D + b) * N * H for b in (a.key_bias, True))
+            own = r.content_to_position * keys + r.position_to_content * queries if r.own_projections else 0
+            return 2 * (r.buckets or r.span) * D + r.norm * 2 * D, own
+    return (whole, 0) if r.shared else (0, whole)
+
+
+def block_parts(cfg: Stack, block: Block) -> dict[str, int]:
+    """Parameters of one layer: `attention`, `ffn` (each without its norms) and `norms`; with `cross` in `attention`."""
     a, f, D = block.attention, block.ffn, cfg.embed
     H, placement = cfg.head_dim(a), block.placement
     N, K = a.num_heads * H, a.kv_heads * H
-    attention = attention_weights(cfg, a) + a.bias * (N + 2 * K) + a.out_bias * D
+    attention = sum(_attention(cfg, x) for x in (a, block.cross) if x is not None)
     ffn = (f.experts if f.kind == "moe" else 1) * _feed_forward(cfg, f.mlp, f)
     if f.kind == "moe":
         ffn += (D + f.router.bias) * f.experts
         ffn += _feed_forward(cfg, f.shared.mlp, f) + f.shared.gate * D if f.shared else 0
     outer = {"parallel": getattr(placement, "norms", 2), "sandwich": 4}.get(placement.kind, 2)
-    norms = outer * _norm(block.norm, D)
+    norms = (outer + (block.cross is not None)) * _norm(block.norm, D)
     if placement.kind == "subln":
         norms += _norm(block.norm, N) + _norm(block.norm, f.mlp)
     if a.qk_norm:
@@ -84,7 +162,12 @@ def block_parts(cfg: DecoderConfig, block: Block) -> dict[str, int]:
     return {"attention": attention, "ffn": ffn, "norms": norms}
 
 
-def attention_weights(cfg: DecoderConfig, a: Attention) -> int:
+def _attention(cfg: Stack, a: Attention) -> int:
+    N, K = (n * cfg.head_dim(a) for n in (a.num_heads, a.kv_heads))
+    return attention_weights(cfg, a) + a.bias * (N + (1 + a.key_bias) * K) + a.out_bias * cfg.embed
+
+
+def attention_weights(cfg: Stack, a: Attention) -> int:
     """Elements of the four projection matrices."""
     return 2 * cfg.embed * cfg.head_dim(a) * (a.num_heads + a.kv_heads)
 
@@ -144,13 +227,13 @@ def visible_pairs(a: Attention, length: int) -> int:
     return int(((seen | (ahead == 0)) * (length - abs(ahead))).sum())
 
 
-def vocabulary(cfg: DecoderConfig) -> int:
+def vocabulary(cfg: AnyModel) -> int:
     if cfg.vocab is None:
         raise ConfigError("model.vocab is not set, so its parameters cannot be counted; give the number of tokens")
     return cfg.vocab
 
 
-def _feed_forward(cfg: DecoderConfig, width: int, f: FFN | MoE) -> int:
+def _feed_forward(cfg: Stack, width: int, f: FFN | MoE) -> int:
     """Parameters of one feed-forward of this width, made as `f` says."""
     return (2 + f.glu) * cfg.embed * width + f.bias * ((1 + f.glu) * width + cfg.embed)
 

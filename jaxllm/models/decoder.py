@@ -164,7 +164,9 @@ class Decoder(Stack):
         """What the query layer is told: that its queries are embeddings of places."""
         return layer._replace(queries_BTD=lookup(self.query_positions[...], layer.tokens.position, "position"))
 
-    def logits(self, x_BTD: Float[Array, "B T D"], table_VD: Float[Array, "V D"] | None = None) -> Float[Array, "B T V"]:
+    def logits(
+        self, x_BTD: Float[Array, "B T D"], table_VD: Float[Array, "V D"] | None = None
+    ) -> Float[Array, "B T V"]:
         """float32 logits of hidden states."""
         x_BTD = constrain(x_BTD, "batch", "seq", "embed")
         rows, out, f32 = ("batch", "seq", "embed"), ("batch", "seq", "vocab"), jnp.dtype(jnp.float32)
@@ -304,9 +306,7 @@ class Decoder(Stack):
                     "no next-token generation; use causal, or `some` of causal and prefix"
                 )
 
-    def _decode_layer(
-        self, block: Block, x_BTD: Array, layer: Layer, write, cross: KV | None
-    ) -> tuple[Array, KV]:
+    def _decode_layer(self, block: Block, x_BTD: Array, layer: Layer, write, cross: KV | None) -> tuple[Array, KV]:
         written = []
 
         def remember(new: KV) -> tuple[KV, Tokens]:

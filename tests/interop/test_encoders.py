@@ -200,7 +200,10 @@ def assert_same_outputs(model: Any, ours: Any, said: dict[str, str], seed: int) 
         theirs.append(got)
     assert theirs[0].keys() - {"hidden", "pooled"} == {head.kind for head in cfg.heads}
     positions = [np.arange(n) for n in LENGTHS]
-    for lay, document in ((padded, [np.ones(n) for n in LENGTHS]), (packed, [np.full(n, i + 1) for i, n in enumerate(LENGTHS)])):
+    for lay, document in (
+        (padded, [np.ones(n) for n in LENGTHS]),
+        (packed, [np.full(n, i + 1) for i, n in enumerate(LENGTHS)]),
+    ):
         args = (lay(ids), lay(positions), lay(document))
         keys = {"segments_BT": lay(types), "tasks_BT": lay(tasks)}
         answers = jax.jit(lambda m, args, keys: {"hidden": (x := m.hidden(*args, **keys)), **m.judge(x)})(

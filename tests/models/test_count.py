@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from jaxllm.core.errors import ConfigError
-from jaxllm.models.config import Attention, DecoderConfig
+from jaxllm.models.config import Attention, DecoderConfig, EncoderConfig, EncoderDecoderConfig
 from jaxllm.models.count import flops_per_token, non_embedding, parameters, parts, visible_pairs
 from jaxllm.models.masks import Causal, Coords, Full, Prefix, Window
 from jaxllm.models.module import abstract, merge
@@ -161,3 +161,47 @@ def test_published_models_have_their_published_size(count, tree):
 def test_a_model_without_vocabulary_cannot_be_counted():
     with pytest.raises(ConfigError, match="model.vocab"):
         parameters(DecoderConfig())
+
+
+ENCODER = {
+    "kind": "encoder", "vocab": 50, "context": 20, "embed": 16, "num_layers": 2, "segments": 2, "tasks": 3, "table": 12,
+    "embedding_norm": "layernorm", "pooler": "tanh", "final_norm": False,
+    "heads": ["mlm", "classification", "nsp", "sop", "rtd", {"kind": "tokens", "labels": 5}, "qa"],
+    "convolution": {"groups": 2}, "relative": {"kind": "disentangled", "span": 4, "norm": True},
+    "block": {
+        "norm": "layernorm", "placement": "post", "attention": {"num_heads": 2, "bias": True, "key_bias": False},
+        "ffn": {"mlp": 20, "glu": False, "bias": True},
+    },
+}  # fmt: skip
+SIDE = {
+    "vocab": 50,
+    "embed": 16,
+    "num_layers": 2,
+    "block": {"attention": {"num_heads": 2, "bias": True}, "ffn": {"mlp": 9}},
+}
+WRITER = SIDE | {
+    "block": SIDE["block"] | {"cross": {"num_heads": 2, "num_kv_heads": 1, "out_bias": True}},
+    "head_bias": True,
+}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        EncoderConfig.model_validate(ENCODER),
+        EncoderConfig.model_validate(ENCODER | {"repeat": 3, "heads": [{"kind": "mlm", "tie": False}]}),
+        EncoderDecoderConfig.model_validate({"encoder": SIDE, "decoder": WRITER}),
+        EncoderDecoderConfig.model_validate({"encoder": SIDE, "decoder": WRITER | {"tie": True}, "share": False}),
+        *(
+            DecoderConfig.model_validate(SIDE | {"position": "none", "relative": relative})
+            for relative in (
+                "t5", {"kind": "t5", "shared": False}, "kerple", "sandwich", "fire", "tisa", "shaw", "xl",
+                {"kind": "xl", "shared_biases": True}, "disentangled",
+            )
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_encoders_and_encoder_decoders_and_what_is_learned_of_distance_are_counted(model):
+    shapes = abstract(model)[1]
+    assert parameters(model) == sum(math.prod(x.shape) for x in shapes.values())

@@ -26,7 +26,9 @@ def std(cfg: Stack, weight: Weight) -> float:
         case "fan_in":
             if weight.role != "embedding":
                 return math.sqrt(init.scale / weight.fan_in)
-            return init.embedding or (cfg.embed**-0.5 if getattr(cfg, "tie", True) else 1.0)  # a tied head wants logits of unit variance
+            return init.embedding or (
+                cfg.embed**-0.5 if getattr(cfg, "tie", True) else 1.0
+            )  # a tied head wants logits of unit variance
         case "normal":
             return init.std / (
                 math.sqrt(2 * cfg.num_layers) if weight.role == "residual" and init.scale_residual else 1.0

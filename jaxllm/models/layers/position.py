@@ -151,9 +151,7 @@ def sinusoids(cfg: config.Sinusoidal, pos_BT: Int[Array, "B T"], embed: int) -> 
     return jnp.stack(both, -1).reshape(*pos_BT.shape, -1)[..., :embed]
 
 
-def spread(
-    pos_BT: Int[Array, "B T"], context: int, among: int, key: Key[Array, ""] | None
-) -> Int[Array, "B T"]:
+def spread(pos_BT: Int[Array, "B T"], context: int, among: int, key: Key[Array, ""] | None) -> Int[Array, "B T"]:
     """Positions below `context` as others below `among`, in the same order (Ruoss et al. 2023, arXiv:2305.16843).
 
     Each row draws its own without repetition; without a key, all rows have the same ones, always.

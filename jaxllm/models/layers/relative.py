@@ -141,8 +141,8 @@ class Tisa(Module):
 
     def __call__(self, attention, q_BTNH, k_BSKH, q, k, whole) -> Bias:
         ahead_BTS1 = -self.distance(q, k).astype(jnp.float32)[..., None]
-        add = lambda s: self.height[...][s] * jnp.exp(
-            -jnp.abs(self.width[...][s]) * jnp.square(ahead_BTS1 - self.centre[...][s])
+        add = lambda s: (
+            self.height[...][s] * jnp.exp(-jnp.abs(self.width[...][s]) * jnp.square(ahead_BTS1 - self.centre[...][s]))
         )
         return jnp.moveaxis(sum(add(s) for s in range(self.cfg.kernels)), -1, 1)
 
