@@ -190,7 +190,7 @@ def _around(tree: Tree, first: str | None, last: str | None, vocab: Mapping[str,
     if first not in vocab or last not in vocab:
         return tree
     begin, end = ({"SpecialToken": {"id": token, "type_id": 0}} for token in (first, last))
-    a, b = ({"Sequence": {"id": name, "type_id": n and not twice}} for n, name in enumerate("AB"))
+    a, b = ({"Sequence": {"id": name, "type_id": int(n and not twice)}} for n, name in enumerate("AB"))
     more = [{"SpecialToken": {"id": last, "type_id": 0 if twice else 1}}]
     known = {token: {"id": token, "ids": [vocab[token]], "tokens": [token]} for token in (first, last)}
     tree["post_processor"] = {
