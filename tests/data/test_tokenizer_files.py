@@ -210,6 +210,9 @@ def test_a_folder_without_a_tokenizer_and_damaged_files_are_named(tmp_path):
     write(tmp_path, tokenizer_config={"added_tokens_decoder": {"x": 1}})
     with pytest.raises(DataError, match=r"added_tokens_decoder\['x'\] is no token and its id"):
         read_folder(tmp_path)
+    write(tmp_path, added_tokens={"<a>": "7"})
+    with pytest.raises(DataError, match="added_tokens.json: '<a>' has '7' for an id"):
+        read_folder(tmp_path)
 
 
 # --- written -------------------------------------------------------------------------------------------------------

@@ -146,19 +146,12 @@ def _byte_pairs(folder: Path, said: Beside) -> tuple[Tree, dict[str, str | None]
     tree = byte_level(vocab, merges, add_prefix_space=space, gpt2=True)
     if kind not in ROBERTA:
         return tree, dict.fromkeys(("bos", "eos", "unk"), "<|endoftext|>")
-    defaults = {
-        "bos": "<s>",
-        "eos": "</s>",
-        "sep": "</s>",
-        "cls": "<s>",
-        "unk": "<unk>",
-        "pad": "<pad>",
-        "mask": "<mask>",
-    }
+    defaults = {"bos": "<s>", "eos": "</s>", "sep": "</s>", "cls": "<s>", "unk": "<unk>", "pad": "<pad>"}
+    defaults |= {"mask": "<mask>"}
     return _around(tree, said.role("cls", "<s>"), said.role("sep", "</s>"), vocab, twice=True), defaults
 
 
-ROBERTA = ("Roberta", "Bart", "LED", "Longformer", "MVP", "Mvp", "BlenderbotSmall", "XmodRoberta")  # <s> text </s>
+ROBERTA = ("Roberta", "Bart", "LED", "Longformer", "Mvp")  # <s> text </s>
 
 
 def _wordpiece(folder: Path, said: Beside) -> tuple[Tree, dict[str, str | None]]:
