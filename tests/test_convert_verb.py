@@ -2,15 +2,23 @@
 
 import io
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxllm.cli import main
 from jaxllm.core.errors import UserError
+from jaxllm.data.config import ByteTokenizer
+from jaxllm.data.tokenizers import build
 from jaxllm.generate import run as generate
 from jaxllm.inference.config import GenerateConfig, Greedy
 from jaxllm.interop.folder import open_folder
+from jaxllm.models.config import DecoderConfig
+from jaxllm.models.module import create
 from jaxllm.pretrained import load
+from jaxllm.train.checkpoint import Checkpointer
+from jaxllm.train.config import Checkpoints
 from jaxllm.verbs import convert
 
 torch = pytest.importorskip("torch")
@@ -101,3 +109,35 @@ def test_a_family_that_has_no_such_model_is_refused_with_the_reason(checkpoint, 
     assert not (tmp_path / "x").exists()
     assert main(["convert", str(checkpoint), str(tmp_path / "x"), "--family", "nothing"]) == 2
     assert "known: " in capsys.readouterr().err
+
+
+def test_a_gguf_file_becomes_a_folder_that_transformers_loads_with_its_template(theirs, tmp_path):
+    file = convert(theirs, tmp_path / "model.gguf")
+    run = convert(file, tmp_path / "run")
+    back = convert(run, tmp_path / "back")
+    before, after = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (theirs, back))
+    for text in ("", "Hello, wörld!\n  x = 1", "中文"):
+        assert after.encode(text) == before.encode(text)
+    assert after.chat_template == before.chat_template == "{{ messages }}"
+    assert after.model_max_length == 64
+    said = [load(model) for model in (theirs, file, run, back)]
+    assert {found.start for found in said} == {(0,)} and {found.chat_template for found in said} == {"{{ messages }}"}
+    config = transformers.AutoConfig.from_pretrained(back)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 1, None)
+    assert load(back).ends == (1,)
+
+
+def test_a_run_that_began_here_becomes_a_folder_with_its_tokenizer(theirs, tmp_path):
+    words = build(ByteTokenizer(add=("<tool>",)))
+    cfg = DecoderConfig(vocab=words.vocab_size, context=32, embed=16, num_layers=1)
+    files = {"tokenizer": words.save, "config.yaml": "precision: {kind: float32}\n"}
+    with Checkpointer(tmp_path / "run" / "checkpoints", Checkpoints(), cfg, extra_files=files) as saver:
+        saver.save(0, {"step": jnp.int32(0), "params": create(cfg, jax.random.key(0))}, {})
+    folder = convert(tmp_path / "run", tmp_path / "folder")
+    after = transformers.AutoTokenizer.from_pretrained(folder)
+    assert after.encode("aé<tool>") == [257, *words.encode("aé<tool>")] and len(after) == words.vocab_size
+    assert (after.bos_token_id, after.eos_token_id, after.pad_token_id) == (257, 258, 256)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (257, 258, 256)
+    found = load(folder)
+    assert found.start == (257,) and found.tokenizer.encode("aé<tool>") == words.encode("aé<tool>")

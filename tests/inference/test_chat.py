@@ -111,6 +111,15 @@ def test_a_template_writes_what_transformers_has_it_write(theirs, name, prompt):
         assert ours == theirs(TEMPLATES[name], SAID[:n], prompt, **named)
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in verb.CHAT.glob("*.jinja")))
+def test_the_templates_of_families_write_what_transformers_has_them_write(theirs, name):
+    named = {"bos_token": "<s>", "eos_token": "</s>"}
+    source = (verb.CHAT / f"{name}.jinja").read_text("utf-8")
+    said = [m for m in SAID if m["role"] != "system"]
+    assert Template(source).render(said, **named) == theirs(source, said, True, **named)
+    assert Template(source).after_answer(**named)  # an answer has an end
+
+
 def test_tools_and_documents_reach_a_template(theirs):
     template = "{% for t in tools %}{{ t | tojson }}{% endfor %}{{ documents[0].text }}{{ thinking }}"
     given = {"tools": [{"name": "f", "parameters": {"x": "int"}}], "documents": [{"text": "d"}], "thinking": True}

@@ -29,6 +29,8 @@ class Beside:
         self.special |= {token for token in self.roles.values() if token}
         self.added: dict[int, Tree] = {}  # by id, as a tokenizer.json has them
         for token, i in read_object(folder / "added_tokens.json").items():
+            if not isinstance(i, int):
+                raise DataError(f"{folder}: added_tokens.json: {token!r} has {i!r} for an id")
             self.added[i] = added_token(token, special=token in self.special)
         for i, token in (self.config.get("added_tokens_decoder") or {}).items():
             if not (isinstance(token, Mapping) and i.isdigit() and isinstance(token.get("content"), str)):

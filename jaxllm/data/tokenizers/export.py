@@ -22,7 +22,7 @@ def save_hugging_face(
     """Writes `tokenizer.json` and `tokenizer_config.json`, as transformers' AutoTokenizer loads them.
 
     Args:
-      start: ids that every text begins with.
+      start: ids that every text begins with; a `tokenizer.json` that says of itself how texts begin stays as it is.
       context: tokens that the model may see.
       chat_templates: by name; `default` is the model's own.
 

@@ -146,19 +146,12 @@ def _byte_pairs(folder: Path, said: Beside) -> tuple[Tree, dict[str, str | None]
     tree = byte_level(vocab, merges, add_prefix_space=space, gpt2=True)
     if kind not in ROBERTA:
         return tree, dict.fromkeys(("bos", "eos", "unk"), "<|endoftext|>")
-    defaults = {
-        "bos": "<s>",
-        "eos": "</s>",
-        "sep": "</s>",
-        "cls": "<s>",
-        "unk": "<unk>",
-        "pad": "<pad>",
-        "mask": "<mask>",
-    }
+    defaults = {"bos": "<s>", "eos": "</s>", "sep": "</s>", "cls": "<s>", "unk": "<unk>", "pad": "<pad>"}
+    defaults |= {"mask": "<mask>"}
     return _around(tree, said.role("cls", "<s>"), said.role("sep", "</s>"), vocab, twice=True), defaults
 
 
-ROBERTA = ("Roberta", "Bart", "LED", "Longformer", "MVP", "Mvp", "BlenderbotSmall", "XmodRoberta")  # <s> text </s>
+ROBERTA = ("Roberta", "Bart", "LED", "Longformer", "Mvp")  # <s> text </s>
 
 
 def _wordpiece(folder: Path, said: Beside) -> tuple[Tree, dict[str, str | None]]:
@@ -190,7 +183,7 @@ def _around(tree: Tree, first: str | None, last: str | None, vocab: Mapping[str,
     if first not in vocab or last not in vocab:
         return tree
     begin, end = ({"SpecialToken": {"id": token, "type_id": 0}} for token in (first, last))
-    a, b = ({"Sequence": {"id": name, "type_id": n and not twice}} for n, name in enumerate("AB"))
+    a, b = ({"Sequence": {"id": name, "type_id": int(n and not twice)}} for n, name in enumerate("AB"))
     more = [{"SpecialToken": {"id": last, "type_id": 0 if twice else 1}}]
     known = {token: {"id": token, "ids": [vocab[token]], "tokens": [token]} for token in (first, last)}
     tree["post_processor"] = {
