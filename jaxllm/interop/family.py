@@ -113,7 +113,11 @@ class Family:
                 raise given.refuse(key, f"{self.kind} is read with {json.dumps(value)} only")
         paths = dict(self.fixed)
         for key, where in self.sizes.items():
-            if isinstance(where, str) and where.endswith("num_layers") and not (type(given[key]) is int and 0 < given[key] <= MOST_LAYERS):
+            if (
+                isinstance(where, str)
+                and where.endswith("num_layers")
+                and not (type(given[key]) is int and 0 < given[key] <= MOST_LAYERS)
+            ):
                 raise given.refuse(key, f"a model has 1 to {MOST_LAYERS} layers")
             if where == "vocab" and type(given[key]) is not int:
                 raise given.refuse(key, "a whole number is needed")
