@@ -1,8 +1,8 @@
 """The `convert` verb: a model from one of its forms to another, tensor by tensor.
 
 A run or checkpoint becomes a folder as Hugging Face has them; such a folder or a GGUF file becomes a checkpoint. Where
-the destination is named `*.gguf`, each of them becomes a GGUF file, and where a family is named, a folder. What a folder
-holds besides weights travels with a checkpoint, as `source/`, so that a model goes back as it came.
+the destination is named `*.gguf`, each of them becomes a GGUF file, and where a family is named, a folder. What a
+folder holds besides weights travels with a checkpoint, as `source/`, so that a model goes back as it came.
 """
 
 import functools
@@ -149,6 +149,8 @@ def save_gguf(found: Found, source: Path, path: Path, dtype: str | None, family:
     kind = dtype.upper() if dtype in BLOCKS else KINDS.get(dtype)
     if kind is None:
         raise ConfigError(f"weights of {dtype} have no form in GGUF; give --dtype: {', '.join([*KINDS, *BLOCKS])}")
+    family = family or found.source and found.source.family
+    llamacpp.architecture(found.cfg, family)  # or refused, before the tokenizer is read
     if source.suffix == ".gguf":
         metadata = open_gguf(source).metadata
         words = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
@@ -158,7 +160,6 @@ def save_gguf(found: Found, source: Path, path: Path, dtype: str | None, family:
         tokenizer, start = (texts.tokenizer, texts.start) if texts else (None, ())
         templates, ends = (texts.chat_templates, texts.ends) if texts else ({}, ())
         words = vocabulary.metadata(tokenizer, start, rows=rows, templates=templates, ends=ends)
-    family = family or found.source and found.source.family
     llamacpp.save_model(path, found.cfg, found.shapes, found.read, kind, family=family, vocabulary=words)
 
 

@@ -1,4 +1,4 @@
-"""Models written as GGUF, against gguf-py's names and keys, transformers' reader, and what llama.cpp's converters do."""
+"""Models written as GGUF, against gguf-py's names and keys, transformers' reader and llama.cpp's converters."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from jaxllm.interop import llamacpp
 from jaxllm.interop.family import differences, resolved
 from jaxllm.interop.folder import open_folder
 from jaxllm.interop.weights import load
-from jaxllm.models.config import DecoderConfig
+from jaxllm.models.config import DecoderConfig, EncoderConfig
 from jaxllm.models.module import abstract, merge
 from jaxllm.verbs import convert
 
@@ -283,6 +283,11 @@ def test_blocks_are_for_gguf_files_and_families_for_what_is_written(theirs, tmp_
     with pytest.raises(ConfigError, match="family='gemma3_text' is not known; known: bloom, falcon"):
         convert(theirs, tmp_path / "model.gguf", family="gemma3_text")
     assert not list(tmp_path.iterdir())
+
+
+def test_only_decoders_are_written():
+    with pytest.raises(ConfigError, match="only decoders are written as GGUF, and this is a model of kind encoder"):
+        llamacpp.architecture(EncoderConfig(vocab=9))
 
 
 def test_an_architecture_that_is_not_known_is_refused(tmp_path):
