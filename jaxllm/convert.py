@@ -149,11 +149,11 @@ def save_gguf(found: Found, source: Path, path: Path, dtype: str | None, family:
     kind = dtype.upper() if dtype in BLOCKS else KINDS.get(dtype)
     if kind is None:
         raise ConfigError(f"weights of {dtype} have no form in GGUF; give --dtype: {', '.join([*KINDS, *BLOCKS])}")
-    family = family or found.source and found.source.family
+    before = open_gguf(source).metadata if source.suffix == ".gguf" else None
+    family = family or (before["general.architecture"] if before else found.source and found.source.family)
     llamacpp.architecture(found.cfg, family)  # or refused, before the tokenizer is read
-    if source.suffix == ".gguf":
-        metadata = open_gguf(source).metadata
-        words = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    if before:
+        words = {key: value for key, value in before.items() if key.startswith("tokenizer.")}
     else:
         rows = found.shapes["embedding"][0]
         texts = found.texts() if found.texts is not None else None

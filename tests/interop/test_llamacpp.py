@@ -234,6 +234,18 @@ def test_a_checkpoint_and_the_folder_that_it_came_from_give_the_same_file(theirs
     assert file.read_bytes() == again.read_bytes()
 
 
+def test_a_file_written_again_is_the_same_file(tmp_path):
+    """Of an architecture that is not the first to have such a model."""
+    config = transformers.Qwen2Config(
+        vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    decoders.randomised(config, 0).save_pretrained(tmp_path / "theirs")
+    file = convert(tmp_path / "theirs", tmp_path / "model.gguf")
+    (tmp_path / "again").mkdir()
+    assert convert(file, tmp_path / "again/model.gguf").read_bytes() == file.read_bytes()
+
+
 def test_tensors_are_read_one_at_a_time_and_a_failure_leaves_nothing(theirs, tmp_path):
     read = open_folder(theirs)
     asked = []
