@@ -1,8 +1,8 @@
 """The `convert` verb: a model from one of its forms to another, tensor by tensor.
 
 A run or checkpoint becomes a folder as Hugging Face has them; such a folder or a GGUF file becomes a checkpoint. Where
-the destination is named `*.gguf`, each of them becomes a GGUF file, and where a family is named, a folder. What a folder
-holds besides weights travels with a checkpoint, as `source/`, so that a model goes back as it came.
+the destination is named `*.gguf`, each of them becomes a GGUF file, and where a family is named, a folder. What a
+folder holds besides weights travels with a checkpoint, as `source/`, so that a model goes back as it came.
 """
 
 import functools
@@ -149,16 +149,17 @@ def save_gguf(found: Found, source: Path, path: Path, dtype: str | None, family:
     kind = dtype.upper() if dtype in BLOCKS else KINDS.get(dtype)
     if kind is None:
         raise ConfigError(f"weights of {dtype} have no form in GGUF; give --dtype: {', '.join([*KINDS, *BLOCKS])}")
-    if source.suffix == ".gguf":
-        metadata = open_gguf(source).metadata
-        words = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    before = open_gguf(source).metadata if source.suffix == ".gguf" else None
+    family = family or (before["general.architecture"] if before else found.source and found.source.family)
+    llamacpp.architecture(found.cfg, family)  # or refused, before the tokenizer is read
+    if before:
+        words = {key: value for key, value in before.items() if key.startswith("tokenizer.")}
     else:
         rows = found.shapes["embedding"][0]
         texts = found.texts() if found.texts is not None else None
         tokenizer, start = (texts.tokenizer, texts.start) if texts else (None, ())
         templates, ends = (texts.chat_templates, texts.ends) if texts else ({}, ())
         words = vocabulary.metadata(tokenizer, start, rows=rows, templates=templates, ends=ends)
-    family = family or found.source and found.source.family
     llamacpp.save_model(path, found.cfg, found.shapes, found.read, kind, family=family, vocabulary=words)
 
 

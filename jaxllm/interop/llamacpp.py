@@ -1,9 +1,11 @@
 """GGUF files as models: llama.cpp's architectures are families like those of transformers, with keys of their own.
 
 Keys lose the name of the architecture: `llama.block_count` is `block_count`. What a file says by its tensors stands
-among them: `FACTS` by which there are, and `DIVISORS`, of RoPE's frequencies, under their names. Converters lay the rows of `attn_q` and `attn_k` of LLaMA and OLMo out so that the two
-elements that rotate together follow one another; here they stand half a head apart, as the published weights have it.
-Of Gemma's norms they store scale + 1.
+among them: `FACTS` by which there are, and `DIVISORS`, of RoPE's frequencies, under their names.
+
+Converters lay the rows of `attn_q` and `attn_k` of LLaMA and OLMo out so that the two elements that rotate together
+follow one another; here they stand half a head apart, as the published weights have it. Of Gemma's norms they store
+scale + 1.
 """
 
 import math
@@ -20,7 +22,7 @@ from jaxllm.interop.family import LAYERS, Family, Given, Part, at, differences, 
 from jaxllm.interop.names import QKV, Form, Row, Table, fused, layers, linear, norm, table, tensor
 from jaxllm.interop.vocabulary import tokenizer
 from jaxllm.interop.weights import Weights, tensors_of
-from jaxllm.models.config import DecoderConfig
+from jaxllm.models.config import AnyModel, DecoderConfig
 from jaxllm.models.layers.position import frequencies
 from jaxllm.models.positions import Llama3, RoPE
 
@@ -94,6 +96,7 @@ RMS = {"attention.layer_norm_rms_epsilon": "block.norm.epsilon"}
 RMS_QK = {"attention.layer_norm_rms_epsilon": ("block.norm.epsilon", "block.attention.qk_norm.epsilon")}
 LN = {"attention.layer_norm_epsilon": "block.norm.epsilon"}
 BIASED = {"qkv_bias": "block.attention.bias", "out_bias": "block.attention.out_bias", "ffn_bias": "block.ffn.bias"}
+FINAL_SOFTCAP = {"final_logit_softcapping": "logit_softcap"}
 CLAMP = {"attention.clamp_kqv": "block.attention.clip"}
 
 
@@ -268,7 +271,9 @@ def _query_scale(layers_of_27b: int) -> Part:
 
 EMBED_SCALE = Part(lambda given: {"embed_scale": math.sqrt(given["embedding_length"])}, lambda cfg: {})
 RESIDUAL = Part(
-    lambda given: {"block.placement": {"kind": "parallel", "norms": 2} if given["use_parallel_residual"] else {"kind": "pre"}},
+    lambda given: {
+        "block.placement": {"kind": "parallel", "norms": 2} if given["use_parallel_residual"] else {"kind": "pre"}
+    },
     lambda cfg: {"use_parallel_residual": cfg.block.placement.kind == "parallel"},
 )  # fmt: skip
 TWO_NORMS = Part(
@@ -304,12 +309,12 @@ ARCHITECTURES = {family.kind: family for family in (
     _architecture("gemma", _plus_one(_names(SEPARATE, OUT, GATED_FFN, NORMS)), RMS, fixed=OFFSET,
                   parts=(*ROPE, windows(), EMBED_SCALE), **TIED),
     _architecture("gemma2", _plus_one(_names(SEPARATE, OUT, GATED_FFN, SANDWICH)),
-                  RMS | {"attn_logit_softcapping": "block.attention.softcap", "final_logit_softcapping": "logit_softcap"},
+                  RMS | {"attn_logit_softcapping": "block.attention.softcap"} | FINAL_SOFTCAP,
                   fixed=OFFSET | {"block.placement.kind": "sandwich"},
                   defaults={"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **KV_AS_HEADS},
                   parts=(*ROPE, windows(2), EMBED_SCALE, _query_scale(46)), **TIED),
     _architecture("gemma3", _plus_one(_names(SEPARATE, OUT, GATED_FFN, SANDWICH, QK_NORMS)),
-                  RMS_QK | {"final_logit_softcapping": "logit_softcap"},
+                  RMS_QK | FINAL_SOFTCAP,
                   fixed=OFFSET | {
                       "block.placement.kind": "sandwich", "block.attention.qk_norm.kind": "rmsnorm",
                       "block.attention.qk_norm.unit_offset": True,
@@ -317,7 +322,9 @@ ARCHITECTURES = {family.kind: family for family in (
                   defaults={"final_logit_softcapping": None, **KV_AS_HEADS},
                   parts=(HEADS, _gemma3_layers(), EMBED_SCALE, _query_scale(62))),
     _architecture("olmo", _names(_paired(SEPARATE), OUT, GATED_FFN), LN | CLAMP,
-                  fixed=LLAMA_FIXED | {"block.norm.kind": "layernorm", "block.norm.bias": False, "block.norm.scale": False},
+                  fixed=LLAMA_FIXED | {
+                      "block.norm.kind": "layernorm", "block.norm.bias": False, "block.norm.scale": False,
+                  },
                   defaults={"attention.clamp_kqv": None, **KV_AS_HEADS}, parts=(*_rope_of_pairs(), windows())),
     _architecture("olmo2", _names(SEPARATE, OUT, GATED_FFN, norm("post_attention_norm", "norm_attention"),
                                   norm("post_ffw_norm", "norm_ffn"), QK_NORMS), RMS_QK,
@@ -331,7 +338,8 @@ ARCHITECTURES = {family.kind: family for family in (
                                  linear("ffn_down", "ffn.down"), NORMS), RMS),
     _architecture("starcoder2", _names(SEPARATE, OUT, PLAIN_FFN, NORMS), LN, fixed=LAYERNORM | BIASES | TANH),
     _architecture("gpt2", table(POSITIONS, _names(FUSED, OUT, PLAIN_FFN, NORMS)), LN, fixed=LEARNED, parts=(HEADS,)),
-    _architecture("starcoder", table(POSITIONS, _names(FUSED, OUT, PLAIN_FFN, NORMS)), LN, fixed=LEARNED, parts=(HEADS,)),
+    _architecture("starcoder", table(POSITIONS, _names(FUSED, OUT, PLAIN_FFN, NORMS)), LN, fixed=LEARNED,
+                  parts=(HEADS,)),
     _architecture("gptneox", _names(FUSED, OUT, PLAIN_FFN, NORMS), LN, fixed=LAYERNORM | BIASES | GELU,
                   parts=(*ROPE, windows(), RESIDUAL)),
     _architecture("falcon", _falcon_names, LN, fixed=LAYERNORM | GELU, parts=(*ROPE, windows(), TWO_NORMS)),
@@ -354,12 +362,14 @@ OF_FAMILY = {
 """Families of Hugging Face whose architecture has another name."""
 
 
-def architecture(cfg: DecoderConfig, family: str | None = None) -> Family:
+def architecture(cfg: AnyModel, family: str | None = None) -> Family:
     """The architecture of a model: that of its family, or else the first that has such a model.
 
     Raises:
       ConfigError: there is none.
     """
+    if not isinstance(cfg, DecoderConfig):
+        raise ConfigError(f"only decoders are written as GGUF, and this is a model of kind {cfg.kind}")
     if (kind := OF_FAMILY.get(family or "", family)) in ARCHITECTURES:
         ARCHITECTURES[kind].theirs(cfg)
         return ARCHITECTURES[kind]
@@ -421,7 +431,7 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # general.f
 
 def save_model(
     path: str | Path,
-    cfg: DecoderConfig,
+    cfg: AnyModel,
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], np.ndarray],
     kind: str,

@@ -194,8 +194,8 @@ def metadata(
     missing = rows - len(said["tokens"])
     if missing < 0 or len(start) > 1:
         raise ConfigError(
-            f"its tokenizer has {len(said['tokens'])} tokens and puts {tuple(start)} before every text; a GGUF file has "
-            f"as many tokens as the embedding has rows, {rows}, and puts at most one before"
+            f"its tokenizer has {len(said['tokens'])} tokens and puts {tuple(start)} before every text; a GGUF file "
+            f"has as many tokens as the embedding has rows, {rows}, and puts at most one before"
         )
     said["tokens"] += [f"[PAD{i}]" for i in range(rows - missing, rows)]
     said["token_type"] += [UNUSED] * missing
@@ -256,8 +256,8 @@ def _described(tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
         case other:
             what = f"of kind {other}"
     raise ConfigError(
-        f"a tokenizer {what} cannot be written as GGUF; known: byte, sentencepiece, and BPE in tokenizer.json; convert to "
-        "a Hugging Face folder"
+        f"a tokenizer {what} cannot be written as GGUF; known: byte, sentencepiece, and BPE in tokenizer.json; convert "
+        "to a Hugging Face folder"
     )
 
 
@@ -302,7 +302,7 @@ def _of_byte_pairs(tree: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _of_merges(tree: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Of SentencePiece's byte pairs as a `tokenizer.json` has them: the earlier two tokens merge, the higher the score."""
+    """Of SentencePiece's byte pairs in a `tokenizer.json`: the earlier two tokens merge, the higher the score."""
     tokens, kinds = _tokens(tree)
     ids = {token: i for i, token in enumerate(tokens)}
     scores = [0.0] * len(tokens)

@@ -1,8 +1,8 @@
 """Opens mutated files and says what came of it: `python fuzz.py KIND COUNT SEED FOLDER` prints a line of JSON.
 
-A process of its own, so that a crash is seen, and so that its address space can be kept to what it has when it begins and
-one GiB. A file has ten seconds of computing. Outcomes are a model, or an error of the kind that is the reader's to mend; the first of
-any other kind ends the run.
+A process of its own, so that a crash is seen, and so that its address space can be kept to what it has when it begins
+and one GiB. A file has ten seconds of computing. Outcomes are a model, or an error of the kind that is the reader's to
+mend; the first of any other kind ends the run.
 """
 
 import copy
@@ -26,8 +26,8 @@ from jaxllm.interop.folder import open_folder
 ROOM = 1 << 30  # bytes of address space beyond those at the start
 SECONDS = 10.0
 ODD: list[Any] = [
-    -1, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**62, 2**64, 10**30, 0.5, 1e-300, 1e308, float("nan"), float("inf"), True, False,
-    None, "", "x", "llama", "gelu", "../x", "a" * 4096, [], {}, [1], [None], {"": 1}, [[]], [2**40] * 3,
+    -1, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**62, 2**64, 10**30, 0.5, 1e-300, 1e308, float("nan"), float("inf"), True,
+    False, None, "", "x", "llama", "gelu", "../x", "a" * 4096, [], {}, [1], [None], {"": 1}, [[]], [2**40] * 3,
 ]  # fmt: skip
 
 
@@ -96,14 +96,15 @@ def gguf_file(data: bytes, draw: random.Random) -> bytes:
     at = draw.choice(keys) + draw.randint(0, 60)
     form, value = draw.choice([
         ("<B", draw.randrange(256)), ("<I", draw.choice([0, 1, 2, 3, 5, 8, 9, 1 << 16, 1 << 31, (1 << 32) - 1])),
-        ("<Q", draw.choice([0, 1, 7, 1 << 20, 1 << 40, (1 << 64) - 1])), ("<f", draw.choice([0.0, -1.0, 1e-38, 3e38, float("nan"), float("inf")])),
+        ("<Q", draw.choice([0, 1, 7, 1 << 20, 1 << 40, (1 << 64) - 1])),
+        ("<f", draw.choice([0.0, -1.0, 1e-38, 3e38, float("nan"), float("inf")])),
     ])  # fmt: skip
     struct.pack_into(form, out, at, value)
     return bytes(out)
 
 
 def tokenizer(folder: Path) -> None:
-    found, _ = pretrained.tokenizer_of_folder(folder)
+    found = pretrained.texts_of_folder(folder).tokenizer
     found.decode(found.encode("a b\n"))
 
 
@@ -122,7 +123,8 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable, Callable[[Path], Any]]] = {
     "tokenizer": (("tokenizer.json", "tokenizer_config.json"), json_file, tokenizer),
     "gguf": (("model.gguf",), gguf_file, gguf_model),
     "load": (
-        ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors.index.json"),
+        ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json",
+         "model.safetensors.index.json"),
         json_file, pretrained.load,
     ),
 }  # fmt: skip

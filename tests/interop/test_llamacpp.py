@@ -1,4 +1,4 @@
-"""Models written as GGUF, against gguf-py's names and keys, transformers' reader, and what llama.cpp's converters do."""
+"""Models written as GGUF, against gguf-py's names and keys, transformers' reader and llama.cpp's converters."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from jaxllm.interop import llamacpp
 from jaxllm.interop.family import differences, resolved
 from jaxllm.interop.folder import open_folder
 from jaxllm.interop.weights import load
-from jaxllm.models.config import DecoderConfig
+from jaxllm.models.config import DecoderConfig, EncoderConfig
 from jaxllm.models.module import abstract, merge
 from jaxllm.verbs import convert
 
@@ -234,6 +234,18 @@ def test_a_checkpoint_and_the_folder_that_it_came_from_give_the_same_file(theirs
     assert file.read_bytes() == again.read_bytes()
 
 
+def test_a_file_written_again_is_the_same_file(tmp_path):
+    """Of an architecture that is not the first to have such a model."""
+    config = transformers.Qwen2Config(
+        vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    decoders.randomised(config, 0).save_pretrained(tmp_path / "theirs")
+    file = convert(tmp_path / "theirs", tmp_path / "model.gguf")
+    (tmp_path / "again").mkdir()
+    assert convert(file, tmp_path / "again/model.gguf").read_bytes() == file.read_bytes()
+
+
 def test_tensors_are_read_one_at_a_time_and_a_failure_leaves_nothing(theirs, tmp_path):
     read = open_folder(theirs)
     asked = []
@@ -283,6 +295,11 @@ def test_blocks_are_for_gguf_files_and_families_for_what_is_written(theirs, tmp_
     with pytest.raises(ConfigError, match="family='gemma3_text' is not known; known: bloom, falcon"):
         convert(theirs, tmp_path / "model.gguf", family="gemma3_text")
     assert not list(tmp_path.iterdir())
+
+
+def test_only_decoders_are_written():
+    with pytest.raises(ConfigError, match="only decoders are written as GGUF, and this is a model of kind encoder"):
+        llamacpp.architecture(EncoderConfig(vocab=9))
 
 
 def test_an_architecture_that_is_not_known_is_refused(tmp_path):

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from a GGUF file, through the public path, against what transformers computes of it.
 
-`make weights` fetches the model; golden figures stand in smollm2.json. All logits and the text of WikiText are too large
-for the repository: their tests need JAXLLM_SHARED.
+`make weights` fetches the model; golden figures stand in smollm2.json. All logits and the text of WikiText are too
+large for the repository: their tests need JAXLLM_SHARED.
 """
 
 import hashlib

@@ -17,7 +17,8 @@ from jaxllm.interop.gguf import open_gguf, write_gguf
 
 SHARED = Path(os.environ.get("JAXLLM_SHARED", Path(__file__).parents[2].parent / "shared")) / "data/tokenizers"
 TEXTS = [
-    "", " ", "a", "Hello world", "  two  spaces ", "\n\n\ttabs\r\n", "don't I'LL we've", "12345 3.14 1,000,000", "naïve Ä e\u0301",
+    "", " ", "a", "Hello world", "  two  spaces ", "\n\n\ttabs\r\n", "don't I'LL we've", "12345 3.14 1,000,000",
+    "naïve Ä e\u0301",
     "你好，世界", "नमस्ते", "👩‍💻🙂", "x = {'a': [1, 2]}  # x\n    return x", "<s> </s> <|endoftext|>", "\u2581under", "ﬁ½",
 ]  # fmt: skip
 WORDS = [f"the {w} of a naïve {w}er, {n} times; don't!\n" for n, w in enumerate(["cat", "house", "träum", "code"] * 40)]
@@ -122,7 +123,8 @@ def test_a_tokenizer_that_would_not_come_back_is_refused():
     """A token that takes the spaces before it: nothing in GGUF says so."""
     tree = json.loads(TRAINED["pairs"]().data)
     tree["added_tokens"].append({
-        "id": TRAINED["pairs"]().vocab_size, "content": "Hello", "special": False, "single_word": False, "lstrip": False, "rstrip": True,
+        "id": TRAINED["pairs"]().vocab_size, "content": "Hello", "special": False, "single_word": False, "lstrip": False,
+        "rstrip": True,
         "normalized": False,
     })  # fmt: skip
     tokenizer = HuggingFace(Spec(kind="hf"), json.dumps(tree).encode())
@@ -167,7 +169,8 @@ def real(name, tmp_path):
 
 
 REAL = {
-    "smollm2/tokenizer.json": "gpt-2", "llama3/llama3_2.tokenizer.json.xz": "llama-bpe", "llama2/tokenizer.model": "default",
+    "smollm2/tokenizer.json": "gpt-2", "llama3/llama3_2.tokenizer.json.xz": "llama-bpe",
+    "llama2/tokenizer.model": "default",
     "mistral/tokenizer.mistral-v1": "default", "mistral/tokenizer.mistral-v3": "default",
     "t5/seqio_test_sentencepiece.model": "default", "t5/maxtext_tokenizer.default.model": "default",
 }  # fmt: skip

@@ -18,7 +18,7 @@ class HuggingFace(Tokenizer):
     file = "tokenizer.json"
 
     def __init__(self, spec: Spec, data: bytes, where: str = "tokenizer.json"):
-        self._model = parsed(data, where)
+        self._model = _tried(parsed(data, where), where)
         self._model.no_truncation()  # files made for sentence embeddings cut and pad what they encode
         self._model.no_padding()
         self._model.encode_special_tokens = True  # text that looks like a special token is text
@@ -142,11 +142,17 @@ def with_added(data: bytes, tokens: Iterable[tuple[int, Tree]], where: str) -> b
 
 def parsed(data: bytes, where: str) -> tokenizers.Tokenizer:
     try:
-        model = tokenizers.Tokenizer.from_buffer(data)
-        # A template may name a token that is nowhere, which the library finds out when it encodes.
+        return tokenizers.Tokenizer.from_buffer(data)
+    except ValueError as e:
+        raise DataError(f"{where}: not a Hugging Face tokenizer.json, or a truncated one ({e})") from None
+
+
+def _tried(model: tokenizers.Tokenizer, where: str) -> tokenizers.Tokenizer:
+    """The tokenizer, after a first text: a template that names a token that is nowhere makes the library panic then."""
+    try:
         model.decode(model.encode("a b", add_special_tokens=True).ids, skip_special_tokens=False)
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":  # what Rust's panics become
             raise
-        raise DataError(f"{where}: not a Hugging Face tokenizer.json, or a truncated one ({e})") from None
+        raise DataError(f"{where}: its parts do not fit each other, so it encodes no text ({e})") from None
     return model
