@@ -19,9 +19,8 @@ from jaxllm.interop import gguf, llamacpp, vocabulary
 from jaxllm.interop.family import differences, resolved
 from jaxllm.interop.weights import Weights, commonest
 from jaxllm.interop.weights import load as load_weights
-from jaxllm.models.config import DecoderConfig
-from jaxllm.models.decoder import Decoder
-from jaxllm.models.module import abstract, merge
+from jaxllm.models.config import AnyModel, DecoderConfig
+from jaxllm.models.module import Model, abstract, merge
 from jaxllm.train.checkpoint import load_params, steps
 from jaxllm.train.initial import Initial, of_checkpoint
 
@@ -46,7 +45,7 @@ class Texts(NamedTuple):
 class Pretrained(NamedTuple):
     """A model and what turns texts into its tokens: fields as of `Texts`."""
 
-    model: Decoder
+    model: Model
     tokenizer: tokenizers.Tokenizer
     start: tuple[int, ...]
     ends: tuple[int, ...] = ()
@@ -109,7 +108,7 @@ def initial(path: Path, wanted: DecoderConfig) -> Initial:
     return found._replace(cfg=alike) if same else found
 
 
-def load_model(path: str | Path, precision: str | None = None) -> Decoder:
+def load_model(path: str | Path, precision: str | None = None) -> Model:
     """The model of a folder as Hugging Face has them, without a tokenizer, which the folder need not have.
 
     Raises:
@@ -191,7 +190,7 @@ def texts_of_gguf(file: gguf.GGUF) -> Texts:
     return Texts(*llamacpp.tokenizer(file), vocabulary.ends(file), templates)
 
 
-def _model(cfg: DecoderConfig, weights: Weights, dtype: np.dtype) -> Decoder:
+def _model(cfg: AnyModel, weights: Weights, dtype: np.dtype) -> Model:
     graphdef, shapes, _ = abstract(cfg)
     like = {name: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding) for name, x in shapes.items()}
     return merge(graphdef, load_weights(weights, cfg, like))

@@ -18,10 +18,9 @@ from jaxllm.core.shapes import Array, Bool, Float, Int, Key
 from jaxllm.inference.beam import beam_search
 from jaxllm.inference.config import Beam, Greedy, Sample
 from jaxllm.inference.sampling import row_keys, sample
-from jaxllm.models.config import DecoderConfig, EncoderDecoderConfig
-from jaxllm.models.decoder import Cache, Decoder
-from jaxllm.models.encoder_decoder import EncoderDecoder
-from jaxllm.models.module import Params, for_decoding, merge, split
+from jaxllm.models.config import AnyModel
+from jaxllm.models.decoder import Cache
+from jaxllm.models.module import Model, Params, for_decoding, merge, split
 
 STEPS = 16  # tokens a row between two looks at them, when nobody watches
 NEVER = -1  # an end token that no model says
@@ -66,7 +65,7 @@ class Tokenizer(Protocol):
 
 
 def complete(
-    model: Decoder | EncoderDecoder,
+    model: Model,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
@@ -98,7 +97,7 @@ def complete(
 
 
 def generate(
-    model: Decoder | EncoderDecoder,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -296,7 +295,9 @@ def held_back(text: str, stop: Sequence[str]) -> int:
     return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
-def _check(cfg: DecoderConfig | EncoderDecoderConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check(cfg: AnyModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if cfg.kind == "encoder":
+        raise ConfigError("model.kind=encoder reads but does not write: generation needs a decoder or encoder-decoder")
     for i, prompt in enumerate(prompts):
         n = len(prompt)
         if not n:
@@ -308,7 +309,9 @@ def _check(cfg: DecoderConfig | EncoderDecoderConfig, prompts: Sequence[Sequence
             )
         if cfg.kind == "encoder_decoder":
             if n > cfg.encoder.context:
-                raise ConfigError(f"prompt {i} has {n} tokens, more than the encoder's context of {cfg.encoder.context}")
+                raise ConfigError(
+                    f"prompt {i} has {n} tokens, more than the encoder's context of {cfg.encoder.context}"
+                )
             if max_new_tokens >= cfg.context:
                 raise ConfigError(
                     f"max_new_tokens={max_new_tokens}: the decoder's context of {cfg.context} begins with one token "

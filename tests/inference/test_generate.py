@@ -18,6 +18,8 @@ from jaxllm.models.config import (
     DecoderConfig,
     DeepNorm,
     Dropout,
+    EncoderConfig,
+    EncoderDecoderConfig,
     LayerNorm,
     Parallel,
     Post,
@@ -367,3 +369,53 @@ def test_damaged_weights_are_named():
     graphdef, params = split(tiny())
     with pytest.raises(CheckpointError, match="NaN"):
         generate(merge(graphdef, params | {"head": params["head"] * np.nan}), [[1]], max_new_tokens=1)
+
+
+SIDE = {
+    "vocab": 40,
+    "context": 24,
+    "embed": 16,
+    "num_layers": 2,
+    "block": {"attention": {"num_heads": 2}, "ffn": {"mlp": 9}},
+}
+CROSS = SIDE["block"] | {"cross": {"num_heads": 2}}
+
+
+def reader_and_writer(**more):
+    return EncoderDecoderConfig.model_validate(
+        {"encoder": SIDE, "decoder": SIDE | {"block": CROSS}, "start": 0, **more}
+    ).build()
+
+
+def test_an_encoder_decoder_writes_what_its_full_forward_pass_would_whatever_stands_beside_it_in_the_batch():
+    model = reader_and_writer()
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3]]
+    said = [list(c.tokens) for c in generate(model, prompts, max_new_tokens=6)]
+    for prompt, got in zip(prompts, said, strict=True):
+        read, written = jnp.asarray([prompt]), [0]
+        for _ in range(6):
+            row = jnp.asarray([written])
+            logits = model(
+                row, jnp.arange(len(written))[None], jnp.ones_like(row), read_BS=read,
+                read_positions_BS=jnp.arange(len(prompt))[None], read_documents_BS=jnp.ones_like(read),
+            )  # fmt: skip
+            written.append(int(logits[0, -1].argmax()))
+        assert got == written[1:]
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "new", "wrong"),
+    [
+        (None, 3, 4, "model.start is not set"),
+        (0, 25, 4, "prompt 0 has 25 tokens, more than the encoder's context of 24"),
+        (0, 3, 24, "ask for at most 23"),
+    ],
+)
+def test_what_an_encoder_decoder_cannot_read_or_write_is_said(start, length, new, wrong):
+    with pytest.raises(ConfigError, match=wrong):
+        generate(reader_and_writer(start=start), [[1] * length], max_new_tokens=new)
+
+
+def test_an_encoder_does_not_write():
+    with pytest.raises(ConfigError, match="model.kind=encoder reads but does not write"):
+        generate(EncoderConfig.model_validate(SIDE).build(), [[1, 2]], max_new_tokens=3)
