@@ -1,6 +1,7 @@
 """Weights of a model by our logical names, out of tensors with the names of its family, and back; one at a time."""
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -56,6 +57,10 @@ class Weights(Mapping[str, np.ndarray]):
     ):
         self.read, self.name = read, name
         self.shapes = logical_shapes(cfg)
+        if large := [n for n, shape in self.shapes.items() if math.prod(shape) >= 1 << 63]:
+            raise CheckpointError(
+                f"{name}: {large[0]} would have shape {self.shapes[large[0]]}, which no file can hold"
+            )
         rows = rows_of(family.table(cfg), self.shapes)
         bare = not any(n.startswith(family.prefix) for n in tensors)
         strip = len(family.prefix) if bare else 0
