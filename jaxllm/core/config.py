@@ -6,6 +6,7 @@ variable) can change a run. Any block may name a `base:` of its own: the file th
 """
 
 import difflib
+import functools
 import hashlib
 import inspect
 import io
@@ -35,14 +36,23 @@ C = TypeVar("C", bound=Config)
 SHIPPED = Path(__file__).parents[1] / "configs"  # what comes with the package: models/ and chat/
 
 
-def union(*kinds: type[Config]) -> Any:
-    """The tagged union of config classes, chosen by `kind:`; a bare string stands for `{kind: string}`."""
+def union(*kinds: type[Config], default: type[Config] | None = None) -> Any:
+    """The tagged union of config classes, chosen by `kind:`; a bare string stands for `{kind: string}`.
+
+    Args:
+      default: what a block without `kind:` is; None: it must say.
+    """
     if len(kinds) == 1:  # a union of one is waiting for its second; the tag is checked by its Literal
         return Annotated[kinds[0], pydantic.BeforeValidator(kind_alone)]
     return Annotated[
         Annotated[Union[kinds], pydantic.Field(discriminator="kind")],  # noqa: UP007 (built at run time)
-        pydantic.BeforeValidator(kind_alone),
+        pydantic.BeforeValidator(kind_alone if default is None else functools.partial(_kind_or, default)),
     ]
+
+
+def _kind_or(default: type[Config], value: Any) -> Any:
+    block = kind_alone(value)
+    return {"kind": default.model_fields["kind"].default, **block} if isinstance(block, dict) else block
 
 
 def kind_alone(value: Any) -> Any:

@@ -237,11 +237,7 @@ class MoE(Config):
         return self
 
 
-def _dense_unless_said(value: Any) -> Any:
-    return {"kind": "dense", **value} if isinstance(value, dict) else value
-
-
-FeedForward = Annotated[union(FFN, MoE), BeforeValidator(_dense_unless_said)]
+FeedForward = union(FFN, MoE, default=FFN)
 
 
 class Dropout(Config):
@@ -562,10 +558,6 @@ class EncoderConfig(Stack):
             raise ValueError(f"heads has {twice[0]} twice; each kind once")
         return self
 
-    @property
-    def table_projected(self) -> bool:
-        return self.table is not None and self.table != self.embed
-
     def head(self, kind: str) -> Any:
         """The head of that kind, or None."""
         return next((head for head in self.heads if head.kind == kind), None)
@@ -636,13 +628,8 @@ class EncoderDecoderConfig(Config):
 AnyModel = DecoderConfig | EncoderConfig | EncoderDecoderConfig
 
 
-def _decoder_unless_said(value: Any) -> Any:
-    return {"kind": "decoder"} | value if isinstance(value, dict) else value
-
-
 DecoderModel = union(DecoderConfig)  # what is trained and planned
-# A bare block is a decoder.
-Model = Annotated[union(DecoderConfig, EncoderConfig, EncoderDecoderConfig), BeforeValidator(_decoder_unless_said)]
+Model = union(DecoderConfig, EncoderConfig, EncoderDecoderConfig, default=DecoderConfig)
 
 # What the backward pass keeps of a layer instead of computing it again; see jaxllm.models.remat.
 Kept = Literal["q", "k", "v", "attention", "residual", "gate", "up"]

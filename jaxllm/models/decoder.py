@@ -14,9 +14,9 @@ from jaxllm.core.shapes import Array, Bool, Float, Int, Key
 from jaxllm.models.config import Block as BlockConfig
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.layers.attention import KV, Tokens
-from jaxllm.models.layers.block import Block, Layer, Memory, Watch, drop
+from jaxllm.models.layers.block import Block, Layer, Memory, Watch
 from jaxllm.models.layers.init import Weight, std
-from jaxllm.models.layers.linear import linear, lookup
+from jaxllm.models.layers.linear import linear, lookup, to_vocabulary
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import constant, param
 from jaxllm.models.layout import Places
@@ -42,19 +42,15 @@ class Cache(NamedTuple):
 
     def reorder(self, rows_B: Int[Array, " R"]) -> "Cache":
         """The cache of rows `rows_B`, in that order; rows may repeat (beam search)."""
-        take = functools.partial(jnp.take, indices=rows_B)
+        take = lambda tree, axis=0: jax.tree.map(functools.partial(jnp.take, indices=rows_B, axis=axis), tree)
+        cross, memory = self.cross, self.memory
+        if memory is not None:
+            read = memory.tokens
+            read = read._replace(position=take(read.position), document=take(read.document))
+            cross, memory = (take(cross[0], axis=1), take(cross[1])), memory._replace(tokens=read)
         return self._replace(
-            blocks=jax.tree.map(functools.partial(take, axis=1), self.blocks),
-            tail=jax.tree.map(functools.partial(take, axis=0), self.tail),
-            pad_B=take(self.pad_B, axis=0), prefix_B=take(self.prefix_B, axis=0),
-            query=jax.tree.map(functools.partial(take, axis=0), self.query),
-            cross=self.cross and (
-                jax.tree.map(functools.partial(take, axis=1), self.cross[0]),
-                jax.tree.map(functools.partial(take, axis=0), self.cross[1]),
-            ),
-            memory=self.memory and self.memory._replace(tokens=self.memory.tokens._replace(
-                position=take(self.memory.tokens.position, axis=0), document=take(self.memory.tokens.document, axis=0)
-            )),
+            blocks=take(self.blocks, axis=1), tail=take(self.tail), pad_B=take(self.pad_B),
+            prefix_B=take(self.prefix_B), query=take(self.query), cross=cross, memory=memory,
         )  # fmt: skip
 
 
@@ -78,7 +74,7 @@ class Decoder(Stack):
         super().__init__(cfg, scan=scan, remat=remat)
         width = cfg.table_width
         if embedded:
-            self.embedding = param(rngs, std(cfg, Weight("embedding", cfg.vocab, width)), vocab=cfg.vocab, embed=width)
+            self.add_embedding(rngs)
         if cfg.table:
             hidden = std(cfg, Weight("hidden", width, cfg.embed))
             self.table_in = param(rngs, hidden, table=width, embed=cfg.embed)
@@ -169,17 +165,13 @@ class Decoder(Stack):
     ) -> Float[Array, "B T V"]:
         """float32 logits of hidden states."""
         x_BTD = constrain(x_BTD, "batch", "seq", "embed")
-        rows, out, f32 = ("batch", "seq", "embed"), ("batch", "seq", "vocab"), jnp.dtype(jnp.float32)
         if self.cfg.table:
-            narrow = ("batch", "seq", "table")
-            x_BTD = linear("BTD,DE->BTE", x_BTD, self.table_out[...], rows, ("embed", "table"), narrow)
-        w = self.head[...] if not self.cfg.tie else self.embedding[...] if table_VD is None else table_VD
+            wide, narrow = ("batch", "seq", "embed"), ("batch", "seq", "table")
+            x_BTD = linear("BTD,DE->BTE", x_BTD, self.table_out[...], wide, ("embed", "table"), narrow)
+        w = self.table(table_VD) if self.cfg.tie else self.head[...]
         if self.cfg.head_norm:
             w = unit_rows(w, -1 if self.cfg.tie else 0)
-        if self.cfg.tie:
-            y_BTV = linear("BTD,VD->BTV", x_BTD, w, rows, ("vocab", "embed"), out, f32)
-        else:
-            y_BTV = linear("BTD,DV->BTV", x_BTD, w, rows, ("embed", "vocab"), out, f32)
+        y_BTV = to_vocabulary(x_BTD, w, tied=self.cfg.tie)
         if self.cfg.logit_scale != 1.0:
             y_BTV = self.cfg.logit_scale * y_BTV
         if self.cfg.head_bias:
@@ -285,16 +277,11 @@ class Decoder(Stack):
         table_VD: Float[Array, "V D"] | None = None,
     ) -> Float[Array, "B T D"]:
         cfg = self.cfg
-        x_BTD = lookup(self.embedding[...] if table_VD is None else table_VD, tokens_BT)
+        x_BTD = lookup(self.table(table_VD), tokens_BT)
         if cfg.table:
             narrow, wide = ("batch", "seq", "table"), ("batch", "seq", "embed")
             x_BTD = linear("BTE,ED->BTD", x_BTD, self.table_in[...], narrow, ("table", "embed"), wide)
-        if cfg.embed_scale != 1.0:
-            x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
-        x_BTD = self.add_place(x_BTD, positions_BT)
-        if cfg.embedding_norm:
-            x_BTD = self.embedding_norm(x_BTD)
-        x_BTD = drop(x_BTD, cfg.dropout.embedding, None if key is None else jax.random.fold_in(key, cfg.num_layers))
+        x_BTD = self.settle(self.add_place(x_BTD, positions_BT), key)
         return constrain(x_BTD, "batch", "norm_seq", "embed")
 
     def check_decodable(self) -> None:

@@ -7,10 +7,10 @@ from flax import nnx
 from jaxllm.core.axes import constrain
 from jaxllm.core.shapes import Array, Float, Int, Key
 from jaxllm.models.config import OF_ROWS, EncoderConfig, LayerNorm
-from jaxllm.models.layers.block import Layer, Watch, drop
+from jaxllm.models.layers.block import Layer, Watch
 from jaxllm.models.layers.ffn import activate
 from jaxllm.models.layers.init import Weight, std
-from jaxllm.models.layers.linear import linear, lookup
+from jaxllm.models.layers.linear import lookup, to_vocabulary
 from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import constant, param
 from jaxllm.models.layout import Places
@@ -37,7 +37,7 @@ class Encoder(Stack):
         width = cfg.table_width
         row = lambda n: std(cfg, Weight("embedding", n, width))
         if embedded:
-            self.embedding = param(rngs, row(cfg.vocab), vocab=cfg.vocab, embed=width)
+            self.add_embedding(rngs)
         self.add_positions(rngs, width)
         if cfg.segments:
             self.segments = param(rngs, row(cfg.segments), small=cfg.segments, embed=width)
@@ -104,17 +104,12 @@ class Encoder(Stack):
         table_VD: Float[Array, "V D"] | None = None,
     ) -> Float[Array, "B T D"]:
         cfg = self.cfg
-        x_BTD = lookup(self.embedding[...] if table_VD is None else table_VD, tokens_BT)
-        if cfg.embed_scale != 1.0:
-            x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
-        x_BTD = self.add_place(x_BTD, positions_BT)
+        x_BTD = self.add_place(lookup(self.table(table_VD), tokens_BT), positions_BT)
         for name, ids_BT in (("segments", segments_BT), ("tasks", tasks_BT)):
             if getattr(cfg, name):
                 ids_BT = jnp.zeros_like(tokens_BT) if ids_BT is None else ids_BT
                 x_BTD = x_BTD + lookup(getattr(self, name)[...], ids_BT, "small")
-        if cfg.embedding_norm:
-            x_BTD = self.embedding_norm(x_BTD)
-        x_BTD = drop(x_BTD, cfg.dropout.embedding, None if key is None else jax.random.fold_in(key, cfg.num_layers))
+        x_BTD = self.settle(x_BTD, key)
         if cfg.table:
             x_BTD = self.projection(x_BTD)
         return constrain(x_BTD, "batch", "norm_seq", "embed")
@@ -182,12 +177,8 @@ class Mlm(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"], encoder: Encoder) -> Float[Array, "B T V"]:
         h_BTE = self.norm(activate(self.cfg.activation, self.projection(x_BTD)))
-        rows, out, f32 = ("batch", "seq", "embed"), ("batch", "seq", "vocab"), jnp.dtype(jnp.float32)
-        if self.cfg.tie:
-            y_BTV = linear("BTD,VD->BTV", h_BTE, encoder.embedding[...], rows, ("vocab", "embed"), out, f32)
-        else:
-            y_BTV = linear("BTD,DV->BTV", h_BTE, self.w[...], rows, ("embed", "vocab"), out, f32)
-        return y_BTV + self.b[...]
+        w = encoder.embedding[...] if self.cfg.tie else self.w[...]
+        return to_vocabulary(h_BTE, w, tied=self.cfg.tie) + self.b[...]
 
 
 class ReplacedToken(nnx.Module):

@@ -13,7 +13,7 @@ from jaxllm.models.config import Block as BlockConfig
 from jaxllm.models.config import Stack as StackConfig
 from jaxllm.models.layers import relative
 from jaxllm.models.layers.attention import KV, Tokens
-from jaxllm.models.layers.block import Block, Layer, Memory, Watch
+from jaxllm.models.layers.block import Block, Layer, Memory, Watch, drop
 from jaxllm.models.layers.init import Weight, std
 from jaxllm.models.layers.linear import lookup
 from jaxllm.models.layers.moe import Routing
@@ -54,6 +54,14 @@ class Stack(nnx.Module):
         if cfg.final_norm:
             self.final_norm = Norm(cfg.blocks[-1].norm, embed=cfg.embed)
 
+    def add_embedding(self, rngs: nnx.Rngs) -> None:
+        V, width = self.cfg.vocab, self.cfg.table_width
+        self.embedding = param(rngs, std(self.cfg, Weight("embedding", V, width)), vocab=V, embed=width)
+
+    def table(self, given_VD: Float[Array, "V D"] | None) -> Float[Array, "V D"]:
+        """The embedding: the one that is given, or else its own."""
+        return self.embedding[...] if given_VD is None else given_VD
+
     def add_positions(self, rngs: nnx.Rngs, width: int) -> None:
         cfg = self.cfg
         if cfg.position.kind == "learned":
@@ -61,13 +69,22 @@ class Stack(nnx.Module):
             self.positions = param(rngs, std(cfg, Weight("embedding", rows, width)), position=rows, embed=width)
 
     def add_place(self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Embeddings with what tells their place added to them."""
+        """Embeddings, scaled, with what tells their place added to them."""
         cfg = self.cfg
+        if cfg.embed_scale != 1.0:
+            x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
         if cfg.position.kind == "learned":
             x_BTD = x_BTD + lookup(self.positions[...], positions_BT + cfg.position.offset, "position")
         elif cfg.position.kind == "sinusoidal":
             x_BTD = x_BTD + sinusoids(cfg.position, positions_BT, x_BTD.shape[-1]).astype(x_BTD.dtype)
         return x_BTD
+
+    def settle(self, x_BTD: Float[Array, "B T D"], key: Key[Array, ""] | None) -> Float[Array, "B T D"]:
+        """Embeddings that all is added to, normed, with dropout."""
+        cfg = self.cfg
+        if cfg.embedding_norm:
+            x_BTD = self.embedding_norm(x_BTD)
+        return drop(x_BTD, cfg.dropout.embedding, None if key is None else jax.random.fold_in(key, cfg.num_layers))
 
     def check_length(self, length: int) -> None:
         """Raises ConfigError where a row has more tokens than there are learned positions."""

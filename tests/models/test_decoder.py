@@ -233,7 +233,7 @@ def test_norms_stand_where_the_placement_puts_them(placement):
     tokens = tokens_of(*row([T]))
 
     def attention(h):
-        q, kv = block.attention.project(h, ())
+        q, kv = block.attention.queries(h, ()), block.attention.keys_values(h, ())
         return block.attention.mix(q, kv, tokens, tokens)
 
     y = block(x, Layer(tokens, ()), lambda new: (new, tokens))

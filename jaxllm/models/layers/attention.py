@@ -84,13 +84,8 @@ class Attention(nnx.Module):
             self.inner_norm = Norm(block.norm, heads=N, head_dim=H)
         self.relative = None if cross else relative.make(cfg, N, H, rngs=rngs, layered=True)
 
-    def project(
-        self, x_BTD: Float[Array, "B T D"], rotations: tuple[Rotation, ...]
-    ) -> tuple[Float[Array, "B T N H"], KV]:
-        """Queries, keys and values of `x_BTD`, normed and rotated; `rotations` are those of `Stack.ropes`."""
-        return self.queries(x_BTD, rotations), self.keys_values(x_BTD, rotations)
-
     def queries(self, x_BTD: Float[Array, "B T D"], rotations: tuple[Rotation, ...]) -> Float[Array, "B T N H"]:
+        """Queries of `x_BTD`, normed and rotated; `rotations` are those of `Stack.ropes`."""
         x_axes, q_axes = (*ROWS, "embed"), ("embed", "heads", "head_dim")
         q_BTNH = linear("BTD,DNH->BTNH", x_BTD, self.w_q[...], x_axes, q_axes, (*ROWS, *q_axes[1:]))
         q_BTNH = self._cut(q_BTNH + self.b_q[...] if self.cfg.bias else q_BTNH)
@@ -101,6 +96,7 @@ class Attention(nnx.Module):
         return checkpoint_name(constrain(q_BTNH, *ROWS, "heads", "head_dim"), "q")
 
     def keys_values(self, x_BTD: Float[Array, "B T D"], rotations: tuple[Rotation, ...]) -> KV:
+        """Keys, normed and rotated, and values of `x_BTD`."""
         x_axes, kv_axes = (*ROWS, "embed"), ("embed", "kv_heads", "head_dim")
         k_BTKH = linear("BTD,DKH->BTKH", x_BTD, self.w_k[...], x_axes, kv_axes, (*ROWS, *kv_axes[1:]))
         v_BTKH = linear("BTD,DKH->BTKH", x_BTD, self.w_v[...], x_axes, kv_axes, (*ROWS, *kv_axes[1:]))

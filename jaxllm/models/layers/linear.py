@@ -79,6 +79,13 @@ def _backward(product: _Product, kept: tuple[Array, Array], dy: Array) -> tuple[
 _linear.defvjp(lambda product, x, w: (product.forward(x, w), (x, w)), _backward)
 
 
+def to_vocabulary(x_BTD: Float[Array, "B T D"], w: Float[Array, "_ _"], *, tied: bool) -> Float[Array, "B T V"]:
+    """float32 logits; `w` is a head [D, V] or, `tied`, an embedding [V, D]."""
+    equation, axes = ("BTD,VD->BTV", ("vocab", "embed")) if tied else ("BTD,DV->BTV", ("embed", "vocab"))
+    rows, out = ("batch", "seq", "embed"), ("batch", "seq", "vocab")
+    return linear(equation, x_BTD, w, rows, axes, out, jnp.dtype(jnp.float32))
+
+
 def lookup(table_VD: Float[Array, "V D"], ids_BT: Int[Array, "B T"], rows: str = "vocab") -> Float[Array, "B T D"]:
     """Rows of a table, `rows` being their logical axis; ids beyond it get the last (padding may hold any position).
 
