@@ -114,9 +114,7 @@ def load_model(path: str | Path, precision: str | None = None) -> Model:
     Raises:
       CheckpointError: as `load`.
     """
-    read = hugging_face.open_folder(path)
-    dtype = np.dtype(precision) if precision else commonest(entry.dtype for entry in read.tensors.values())
-    return _model(read.cfg, read.weights, dtype)
+    return _of_folder(hugging_face.open_folder(path), precision)
 
 
 def checkpoint_of(folder: Path, step: int | None) -> Path:
@@ -133,9 +131,13 @@ def checkpoint_of(folder: Path, step: int | None) -> Path:
 
 def _hugging_face(folder: Path, precision: str | None) -> Pretrained:
     read = hugging_face.open_folder(folder)
+    texts = texts_of_folder(folder)  # before the weights: what is wrong is said at once
+    return Pretrained(_of_folder(read, precision), *texts)
+
+
+def _of_folder(read: hugging_face.Pretrained, precision: str | None) -> Model:
     dtype = np.dtype(precision) if precision else commonest(entry.dtype for entry in read.tensors.values())
-    texts = texts_of_folder(folder)
-    return Pretrained(_model(read.cfg, read.weights, dtype), *texts)
+    return _model(read.cfg, read.weights, dtype)
 
 
 def texts_of_folder(folder: Path) -> Texts:

@@ -4,12 +4,17 @@ A module here is a measurement: its `measure(rounds)` returns what `compare` doe
 peer is and the versions of its packages. Every number in the README comes from a file written here.
 """
 
+import contextlib
 import datetime
 import importlib
 import inspect
 import json
+import os
 import pkgutil
 import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +61,29 @@ def run(name: str, rounds: int = 5, file: Path | None = None, model: str | None 
     if file is not None:
         file.write_text(text + "\n", encoding="utf-8")
     return result
+
+
+@contextlib.contextmanager
+def worker(module: str, *arguments: str, **env: str) -> Iterator[Callable[[Any], Any]]:
+    """A process `python -m module arguments`, so that no other's threads spin beside it; `env` is added to ours.
+
+    Gives a function that tells it a value, as a line, and returns the JSON that it answers in one.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | env)
+
+    def ask(value: Any) -> Any:
+        print(value, file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{' '.join(command)} ended with status {process.wait()}; its message stands above")
+        return json.loads(answer)
+
+    try:
+        yield ask
+    finally:
+        process.stdin.close()
+        process.wait()
 
 
 def compare(ours: list[float], peer: list[float], work: float) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.bench import compare
+from jaxllm.bench import compare, worker
 from jaxllm.core.errors import UserError
 
 PROMPT, NEW = 128, 128  # tokens
@@ -54,7 +53,7 @@ def measure(rounds: int, model: str | None = None) -> dict[str, Any]:
     load = os.getloadavg()[0]
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_folder(model))
-        ask = {side: stack.enter_context(_worker(side, folder)) for side in sides}
+        ask = {side: stack.enter_context(worker(__name__, side, str(folder), JAX_PLATFORMS="cpu")) for side in sides}
         for rows, side in ((r, s) for r in TARGETS for s in sides):
             first[rows, side] = ask[side](rows)
         agree = {rows: _agreement(rows, [first[rows, side]["tokens"] for side in sides]) for rows in TARGETS}
@@ -121,27 +120,6 @@ def _folder(model: str | None) -> Iterator[Path]:
             shapes, read = weights.shapes, weights.__getitem__
         hugging_face.save_folder(name, cfg, shapes, read, dict.fromkeys(shapes, np.dtype("float32")))
         yield Path(name)
-
-
-@contextlib.contextmanager
-def _worker(side: str, folder: Path) -> Iterator[Callable[[int], dict[str, Any]]]:
-    """A process that completes a batch of so many rows: answers its tokens and the seconds that it took."""
-    command = [sys.executable, "-m", "jaxllm.bench.decode", side, str(folder)]
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-
-    def ask(rows: int) -> dict[str, Any]:
-        print(rows, file=process.stdin, flush=True)
-        answer = process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"{' '.join(command)} ended with status {process.wait()}; its message stands above")
-        return json.loads(answer)
-
-    try:
-        yield ask
-    finally:
-        process.stdin.close()
-        process.wait()
 
 
 def _serve(side: str, folder: str) -> None:

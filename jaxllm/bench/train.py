@@ -9,20 +9,17 @@ Both sides want all cores: on a machine that others use the waiting threads of t
 flatters us. `load_before` and `cpu_seconds` tell such a run; believe only one that began with a load near 0.
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from jaxllm.bench import compare
+from jaxllm.bench import compare, worker
 from jaxllm.core.errors import UserError
 
 SHAPE = {
@@ -46,7 +43,7 @@ def measure(rounds: int) -> dict[str, Any]:
     seconds = {precision: {"ours": [], "peer": []} for precision in ("float32", "bfloat16")}
     cpu_seconds = {precision: {"ours": [], "peer": []} for precision in seconds}
     load = os.getloadavg()[0]
-    with _worker("ours") as ours, _worker("peer") as peer:
+    with worker(__name__, "ours") as ours, worker(__name__, "peer") as peer:
         for precision, side in ((p, s) for _ in range(rounds) for p in seconds for s in ("ours", "peer")):
             wall, cpu = (ours if side == "ours" else peer)(precision)
             seconds[precision][side].append(wall)
@@ -63,26 +60,6 @@ def measure(rounds: int) -> dict[str, Any]:
         "peer_is": f"torch {torch}, eager: RMSNorm, RoPE, SwiGLU, scaled_dot_product_attention, fused AdamW;"
         " bfloat16 is autocast",
     }
-
-
-@contextlib.contextmanager
-def _worker(side: str) -> Iterator[Callable[[str], list[float]]]:
-    """A process that answers the seconds of one round, of the clock and of its threads, when told a precision."""
-    command = [sys.executable, "-m", "jaxllm.bench.train", side]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def round_seconds(precision: str) -> list[float]:
-        print(precision, file=process.stdin, flush=True)
-        answer = process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"{' '.join(command)} ended with status {process.wait()}; its message stands above")
-        return json.loads(answer)
-
-    try:
-        yield round_seconds
-    finally:
-        process.stdin.close()
-        process.wait()
 
 
 def _serve(side: str) -> None:

@@ -9,14 +9,14 @@ from jaxllm.models.config import EncoderConfig
 # --- what is predicted ---------------------------------------------------------------------------------------------
 
 
-def heads(architectures: dict[str, dict[str, Any]], act: str | None = None, mlm: str | None = None) -> Part:
+def heads(architectures: dict[str, dict[str, Any]], act: str = "hidden_act", mlm: str | None = None) -> Part:
     """Heads and pooler, as the first of `architectures` asks for them; the first named here is the one by default.
 
     Args:
-      act: key of the activation in heads that have one; None: `hidden_act`.
+      act: key of the activation in heads that have one.
       mlm: the activation of the MLM head, whatever the key says.
     """
-    default, act = next(iter(architectures)), act or "hidden_act"
+    default = next(iter(architectures))
 
     def ours(given: Given) -> dict[str, Any]:
         asked = (given.get("architectures") or [default])[0]
@@ -45,8 +45,13 @@ def heads(architectures: dict[str, dict[str, Any]], act: str | None = None, mlm:
     return Part(ours, theirs)
 
 
-def of_bert(prefix: str, *, pooler: str = "tanh", classifier: str | None = None) -> dict[str, dict[str, Any]]:
-    """The classes that most families have."""
+def of_bert(prefix: str, *, pooler: str | None = "tanh", classifier: str | None = None) -> dict[str, dict[str, Any]]:
+    """The classes that most families have.
+
+    Args:
+      pooler: the activation of the pooler that the model without a head has; None: it has none.
+      classifier: that of the pooler under the classifier of rows; None: the same.
+    """
     return {
         f"{prefix}Model": {"pooler": pooler, "heads": []},
         f"{prefix}ForMaskedLM": {"heads": ["mlm"]},
@@ -64,23 +69,22 @@ def affine(theirs: str, ours: str) -> Table:
     return (Row((f"{theirs}.weight",), (f"{ours}.w",), matrix()), Row((f"{theirs}.bias",), (f"{ours}.b",), FLAT))
 
 
-def embeddings(prefix: str, *more: Table) -> Table:
+def embeddings(prefix: str) -> Table:
     return table(
         tensor(f"{prefix}embeddings.word_embeddings.weight", "embedding"),
         tensor(f"{prefix}embeddings.position_embeddings.weight", "positions"),
         tensor(f"{prefix}embeddings.token_type_embeddings.weight", "segments"),
         tensor(f"{prefix}embeddings.task_type_embeddings.weight", "tasks"),
         norm(f"{prefix}embeddings.LayerNorm", "embedding_norm"),
-        *more,
     )
 
 
-def layer(attention: Table, out: str = "attention.output") -> tuple[Table, ...]:
+def layer(attention: Table) -> tuple[Table, ...]:
     """The rows of a layer of BERT, whose attention is given without what follows it."""
     return (
         attention,
-        linear(f"{out}.dense", "attention.o", inputs=2),
-        norm(f"{out}.LayerNorm", "norm_attention"),
+        linear("attention.output.dense", "attention.o", inputs=2),
+        norm("attention.output.LayerNorm", "norm_attention"),
         linear("intermediate.dense", "ffn.up"),
         linear("output.dense", "ffn.down"),
         norm("output.LayerNorm", "norm_ffn"),
@@ -253,11 +257,7 @@ DISTILBERT = Family(
         "max_position_embeddings": 512, "tie_word_embeddings": True,
     },
     only={"tie_word_embeddings": True},
-    parts=(POSITIONS, heads({
-        "DistilBertModel": {"heads": []}, "DistilBertForMaskedLM": {"heads": ["mlm"]},
-        "DistilBertForSequenceClassification": {"pooler": "relu", "heads": ["classification"]},
-        "DistilBertForTokenClassification": {"heads": ["tokens"]}, "DistilBertForQuestionAnswering": {"heads": ["qa"]},
-    }, "activation")),
+    parts=(POSITIONS, heads(of_bert("DistilBert", pooler=None, classifier="relu"), "activation")),
     drop=("position_ids",), model=EncoderConfig, repeats={"vocab_projector.weight": "embedding"},
 )  # fmt: skip
 
@@ -316,12 +316,9 @@ ELECTRA = Family(
         "intermediate_size": 1024,
     },
     only=ONLY | {"summary_type": "first", "summary_use_proj": True},
-    parts=(POSITIONS, SEGMENTS, TABLE, heads({
-        "ElectraModel": {"heads": []}, "ElectraForPreTraining": {"heads": ["rtd"]},
-        "ElectraForMaskedLM": {"heads": ["mlm"]}, "ElectraForTokenClassification": {"heads": ["tokens"]},
-        "ElectraForSequenceClassification": {"pooler": "gelu", "heads": ["classification"]},
-        "ElectraForQuestionAnswering": {"heads": ["qa"]},
-    }, mlm="gelu")),
+    parts=(POSITIONS, SEGMENTS, TABLE, heads(
+        of_bert("Electra", pooler=None, classifier="gelu") | {"ElectraForPreTraining": {"heads": ["rtd"]}}, mlm="gelu"
+    )),
     drop=("position_ids",), model=EncoderConfig, repeats={"generator_lm_head.weight": "embedding"},
 )  # fmt: skip
 
@@ -377,17 +374,9 @@ CONVOLUTION = Part(
 )  # fmt: skip
 
 
-def _deberta_heads(prefix: str) -> Part:
-    return heads({
-        f"{prefix}Model": {"heads": []}, f"{prefix}ForMaskedLM": {"heads": ["mlm"]},
-        f"{prefix}ForSequenceClassification": {"pooler": "gelu", "heads": ["classification"]},
-        f"{prefix}ForTokenClassification": {"heads": ["tokens"]}, f"{prefix}ForQuestionAnswering": {"heads": ["qa"]},
-    })  # fmt: skip
-
-
-def _deberta(*rows: Table) -> Table:
+def _deberta(attention: Table) -> Table:
     return table(
-        embeddings("deberta."), layers("deberta.encoder.layer.{}", *(row for part in rows for row in layer(part))),
+        embeddings("deberta."), layers("deberta.encoder.layer.{}", *layer(attention)),
         tensor("deberta.encoder.rel_embeddings.weight", "relative.table"),
         norm("deberta.encoder.LayerNorm", "relative.norm"),
         tensor("deberta.encoder.conv.conv.weight", "convolution.w", TURNED),
@@ -415,7 +404,7 @@ DEBERTA = Family(
         linear("attention.self.pos_q_proj", "attention.relative.q"),
     )),
     sizes=SIZES, fixed=FIXED | {"block.attention.key_bias": False}, defaults=_DEBERTA | {"vocab_size": 50265},
-    only=_LEGACY | {"talking_head": False}, parts=(SEGMENTS, DISENTANGLED, _deberta_heads("Deberta")),
+    only=_LEGACY | {"talking_head": False}, parts=(SEGMENTS, DISENTANGLED, heads(of_bert("Deberta", pooler=None, classifier="gelu"))),
     drop=("position_ids",), model=EncoderConfig, repeats=TWICE,
 )  # fmt: skip
 DEBERTA_V2 = Family(
@@ -429,7 +418,7 @@ DEBERTA_V2 = Family(
         "vocab_size": 128100, "hidden_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 24,
         "intermediate_size": 6144,
     },
-    only=_LEGACY, parts=(SEGMENTS, DISENTANGLED, CONVOLUTION, _deberta_heads("DebertaV2")),
+    only=_LEGACY, parts=(SEGMENTS, DISENTANGLED, CONVOLUTION, heads(of_bert("DebertaV2", pooler=None, classifier="gelu"))),
     drop=("position_ids",), model=EncoderConfig, repeats=TWICE,
 )  # fmt: skip
 

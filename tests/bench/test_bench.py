@@ -119,7 +119,7 @@ def test_a_peer_that_is_not_there_is_one_message(argv, told, capsys):
 def test_the_versions_of_a_training_measurement_name_torch(monkeypatch):
     if not importlib.util.find_spec("torch"):
         pytest.skip("torch, the peer, is not installed: pip install 'jaxllm[oracle]'")
-    monkeypatch.setattr(train, "_worker", lambda side: contextlib.nullcontext(lambda precision: [1.0, 1.0]))
+    monkeypatch.setattr(train, "worker", lambda module, side: contextlib.nullcontext(lambda precision: [1.0, 1.0]))
     assert train.measure(1)["versions"] == {"torch": importlib.metadata.version("torch")}
 
 
@@ -141,11 +141,11 @@ def test_the_decoding_measurement_divides_each_ratio_by_what_is_wanted_of_it(mon
     pytest.importorskip("transformers")
     spent = {"ours": 2.0, "sdpa": 4.0, "eager": 3.0}
 
-    def worker(side, folder):
+    def worker(module, side, folder, **env):
         answer = lambda rows: {"tokens": [[1]] * rows, "seconds": rows * spent[side], "cpu_seconds": 1.0}
         return contextlib.nullcontext(answer)
 
-    monkeypatch.setattr(decode, "_worker", worker)
+    monkeypatch.setattr(decode, "worker", worker)
     monkeypatch.setattr(decode, "_folder", lambda model: contextlib.nullcontext(Path("nowhere")))
     result = decode.measure(3)
     assert result["ratio"] == pytest.approx(1.5 / 1.5) and result["batches"]["8"]["ratio"] == pytest.approx(1.5)
