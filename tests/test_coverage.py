@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxllm import verbs
+from jaxllm import presets, verbs
 from jaxllm.core.config import load
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +56,9 @@ def test_every_named_test_exists():
 
 def test_every_named_config_loads_and_every_named_api_is_there():
     for place in (place for row in rows() for place in row["config or API"].split()):
-        if place.endswith(".yaml"):
+        if place.startswith("configs/models/"):
+            presets.preset(Path(place).stem)
+        elif place.endswith(".yaml"):
             load(verbs.schema(verbs.verb_of(ROOT / place)), ROOT / place)
         else:
             resolve(place)
