@@ -1,7 +1,9 @@
 """Four fake CPU devices, and every annotated function of the project checked while it runs."""
 
+import gc
 import importlib.util
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -25,6 +27,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if jax.default_backend() != "gpu":
             pytest.skip("needs a GPU, and JAX_PLATFORMS=cuda in the environment")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_a_module_end_with_it() -> Iterator[None]:
+    """XLA's CPU backend maps memory some seven times for a program, and compiling crashes at Linux's 65530 maps."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
