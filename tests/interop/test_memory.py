@@ -14,15 +14,27 @@ from jaxllm.models.config import DecoderConfig
 
 MB, SHARD = 1e6, 108e6  # bytes
 
-CONVERT = """
-import resource, sys
-from jaxllm.convert import run
-run(*sys.argv[1:])
-print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Of what a process was before it became another program, `getrusage` counts the memory too; Linux's own account does not.
+PEAK = """
+def peak():
+    with open("/proc/self/status") as f:
+        return next(1024 * int(line.split()[1]) for line in f if line.startswith("VmHWM"))
 """
 
-LOAD = """
-import resource, sys
+CONVERT = (
+    PEAK
+    + """
+import sys
+from jaxllm.convert import run
+run(*sys.argv[1:])
+print(peak())
+"""
+)
+
+LOAD = (
+    PEAK
+    + """
+import sys
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxllm.interop.folder import open_folder
@@ -36,11 +48,12 @@ def share(x):
     spec = PartitionSpec(*("fsdp" if i == widest else None for i in range(x.ndim)))
     return jax.ShapeDtypeStruct(x.shape, sys.argv[2], sharding=NamedSharding(mesh, spec))
 
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 params = jax.block_until_ready(load(found.weights, found.cfg, jax.tree.map(share, abstract(found.cfg)[1])))
 assert all(x.addressable_shards[0].data.size * 4 == x.size for x in params.values())
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(peak() - before)
 """
+)
 
 
 def folder_of(path, num_layers):
