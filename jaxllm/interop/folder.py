@@ -196,7 +196,7 @@ def read_source(folder: Path) -> Source | None:
 def fitting(cfg: AnyModel) -> Family:
     """The first family that has this model."""
     why = []
-    for family in FAMILIES:
+    for family in (family for family in FAMILIES if isinstance(cfg, family.model)):
         try:
             family.theirs(cfg)
         except ConfigError as e:
