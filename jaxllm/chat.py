@@ -10,6 +10,7 @@ from jaxllm.data import tokenizers
 from jaxllm.inference.chat import Answer, Conversation
 from jaxllm.inference.config import ChatConfig
 from jaxllm.inference.template import Template
+from jaxllm.models.module import for_decoding
 from jaxllm.presets import CHAT
 from jaxllm.pretrained import Pretrained, load
 from jaxllm.train.runtime import keep_compiled_programs
@@ -27,6 +28,7 @@ def run(cfg: ChatConfig, out: TextIOBase | None = None) -> Conversation:
     if cfg.compile_cache:
         keep_compiled_programs()
     found = load(cfg.model, cfg.step, cfg.precision)
+    found = found._replace(model=for_decoding(found.model))  # the model as it was read is not kept beside it
     talk = Conversation(
         found.model, found.tokenizer, template_of(cfg, found), system=cfg.system, ends=found.ends,
         stream=functools.partial(tokenizers.StreamDecoder, found.tokenizer), max_new_tokens=cfg.max_new_tokens,

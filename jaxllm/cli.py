@@ -113,6 +113,32 @@ def _take(flag: str, argv: list[str]) -> tuple[list[str], list[str]]:
     return texts, others
 
 
+def _embed(verb: str, argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(f"jaxllm {verb}", description=f"{VERBS[verb][1]}: {VERBS[verb][2]}")
+    parser.add_argument(
+        "config", nargs="?", metavar="MODEL", help="a run, a checkpoint, a folder, a GGUF file; or a YAML file"
+    )
+    parser.add_argument("text", nargs="*", metavar="TEXT", help="text=[TEXT]; after `--` if one begins with a dash")
+    parser.add_argument("--file", metavar="FILE", help="file=FILE: more texts, one a line")
+    parser.add_argument("--out", metavar="FILE.npy", help="out=FILE.npy: where vectors go, float32 [texts, width]")
+    parser.add_argument("--batch", type=int, metavar="N", help="batch=N: texts computed at once")
+    parser.add_argument("--pool", choices=("mean", "cls", "last"), help="pool=mean: what becomes the vector")
+    parser.add_argument("--no-normalise", dest="normalise", action="store_false", help="normalise=false", default=None)
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="max_tokens=N: longer texts are cut")
+    parser.add_argument("--step", type=int, metavar="N", help="step=N: which checkpoint of a run")
+    parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), help="precision=bfloat16")
+    parser.add_argument("--fields", action="store_true", help="list every field of the config and stop")
+    args = parser.parse_intermixed_args(argv)
+    from jaxllm.core.config import override
+
+    names = ("file", "out", "batch", "pool", "normalise", "max_tokens", "step", "precision")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.text:
+        given["text"] = args.text
+    args.overrides = [override(path, value) for path, value in given.items()]
+    _call(args, verb, [])
+
+
 def _call(args: argparse.Namespace, verb: str, overrides: list[str]) -> None:
     from jaxllm import verbs
 
@@ -234,6 +260,7 @@ VERBS = {
     "train": (_config_verb, "shards to a model", "jaxllm train configs/train/quickstart.yaml steps=500"),
     "generate": (_generate, "a model continues prompts", "jaxllm generate runs/quickstart --prompt 'def '"),
     "chat": (_chat, "a conversation with a model, in the terminal", "jaxllm chat SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "embed": (_embed, "vectors of texts", "jaxllm embed all-MiniLM-L6-v2 'A text.' 'Another.'"),
     "convert": (
         _convert,
         "folders, checkpoints, GGUF files into each other",

@@ -22,7 +22,7 @@ from jaxllm.interop.weights import load as load_weights
 from jaxllm.models.config import AnyModel, DecoderConfig
 from jaxllm.models.module import Model, abstract, merge
 from jaxllm.train.checkpoint import load_params, steps
-from jaxllm.train.initial import Initial, of_checkpoint
+from jaxllm.train.initial import SOURCE, Initial, of_checkpoint
 
 TEXTS = "texts.json"  # beside a saved tokenizer: how texts begin and end, and the chat templates
 
@@ -43,13 +43,14 @@ class Texts(NamedTuple):
 
 
 class Pretrained(NamedTuple):
-    """A model and what turns texts into its tokens: fields as of `Texts`."""
+    """A model and what turns texts into its tokens: fields as of `Texts`; `source` holds what came with a checkpoint."""
 
     model: Model
     tokenizer: tokenizers.Tokenizer
     start: tuple[int, ...]
     ends: tuple[int, ...] = ()
     chat_templates: Mapping[str, str] = {}
+    source: Path | None = None
 
     @property
     def chat_template(self) -> str | None:
@@ -74,7 +75,8 @@ def load(path: str | Path, step: int | None = None, precision: str | None = None
     weights = load_params(checkpoint_of(path, step))
     trained = read_tree(weights.folder / "config.yaml")["precision"]["kind"]
     params = {name: weights.params.pop(name).astype(precision or trained) for name in list(weights.params)}
-    return Pretrained(merge(abstract(weights.model_cfg)[0], params), *texts_of_checkpoint(weights.folder))
+    model, source = merge(abstract(weights.model_cfg)[0], params), weights.folder / SOURCE
+    return Pretrained(model, *texts_of_checkpoint(weights.folder), source if source.is_dir() else None)
 
 
 def texts_of_checkpoint(folder: Path) -> Texts:
@@ -83,7 +85,7 @@ def texts_of_checkpoint(folder: Path) -> Texts:
     if said := read_object(folder / "tokenizer" / TEXTS):
         return Texts(tokenizer, *(tuple(said[key]) for key in ("start", "ends")), said["chat_templates"])
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    source = _files(folder / "source", ".json", ".jinja")
+    source = _files(folder / SOURCE, ".json", ".jinja")
     return Texts(tokenizer, () if first is None else (first,), end_ids(source), chat_templates(source))
 
 

@@ -1,11 +1,12 @@
 """The verbs as functions: what `jaxllm VERB CONFIG a.b=value` does, from a script or a notebook.
 
-    from jaxllm.verbs import chat, generate, prepare, train
+    from jaxllm.verbs import chat, embed, generate, prepare, train
 
     prepare("configs/data/quickstart.yaml")
     train("configs/train/quickstart.yaml", "steps=500")
     generate("runs/quickstart", 'prompt=["def "]')
     chat("SmolLM2-135M-Instruct", 'turns=["Name three rivers."]')
+    vectors = embed("all-MiniLM-L6-v2", "file=texts.txt")
 
 Each takes a YAML file or a config object, and overrides; what is wrong with them is raised before JAX is loaded.
 """
@@ -17,6 +18,8 @@ from jaxllm.core.config import C, Config, load, parse, read_tree
 from jaxllm.core.errors import ConfigError
 
 if TYPE_CHECKING:  # these import JAX
+    import numpy as np
+
     import jaxllm.data.manifest
     import jaxllm.inference.chat
     import jaxllm.inference.generate
@@ -24,6 +27,7 @@ if TYPE_CHECKING:  # these import JAX
 
 SIGNS = {  # fields that only this verb has
     "prepare": ("tasks",), "generate": ("prompt",), "train": ("optimizer",), "chat": ("turns", "system", "template"),
+    "embed": ("text", "pool", "normalise"),
 }  # fmt: skip
 
 
@@ -68,6 +72,14 @@ def chat(config: str | Path | Config, *overrides: str) -> "jaxllm.inference.chat
     return run(cfg)
 
 
+def embed(config: str | Path | Config, *overrides: str) -> "np.ndarray":
+    """Vectors of texts, float32 [N, D], printed or written too; `config` is an EmbedConfig, or a model, as of `chat`."""
+    cfg = _of_model(schema("embed"), config, overrides)
+    from jaxllm.embed import run
+
+    return run(cfg)
+
+
 def convert(source: str | Path, destination: str | Path, **asked: Any) -> Path:
     """Where a model now lies in another form; `asked` are `dtype` and `family`, see `jaxllm.convert.run`."""
     from jaxllm.convert import run
@@ -86,6 +98,8 @@ def schema(verb: str) -> type[Config]:
             from jaxllm.inference.config import GenerateConfig as wanted
         case "chat":
             from jaxllm.inference.config import ChatConfig as wanted
+        case "embed":
+            from jaxllm.inference.config import EmbedConfig as wanted
     return wanted
 
 

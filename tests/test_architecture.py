@@ -29,6 +29,7 @@ TOP = {
     "generate",
     "pretrained",
     "convert",
+    "embed",
     "presets",
     "doctor",
     "bench",

@@ -23,26 +23,18 @@ from jaxllm.verbs import convert
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
+
+from tests.interop.oracle import byte_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """A random LLaMA with a tokenizer of bytes and the words that it begins with."""
     folder = tmp_path_factory.mktemp("theirs")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
-    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    model.add_special_tokens(["<s>", "</s>"])
-    model.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, bos_token="<s>", eos_token="</s>", chat_template="{{ messages }}"
-    ).save_pretrained(folder)
+    size = byte_tokenizer(folder, chat_template="{{ messages }}")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(vocab), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=None,
         tie_word_embeddings=True,
     )  # fmt: skip

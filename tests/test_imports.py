@@ -35,7 +35,7 @@ def test_the_command_line_answers_without_jax(argv):
     assert not loaded(f"from jaxllm.cli import main; main({argv})") & (HEAVY | {"jax", "flax", "numpy"})
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "generate", "chat"])
+@pytest.mark.parametrize("verb", ["prepare", "train", "generate", "chat", "embed"])
 def test_a_config_error_is_told_without_jax(verb, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("stepz: 3\n")

@@ -15,6 +15,7 @@ from jaxllm.inference.config import Beam, Greedy, Sample
 from jaxllm.inference.generate import Completion, Stream, generate
 from jaxllm.inference.template import Message, Template
 from jaxllm.models.decoder import Decoder
+from jaxllm.models.module import for_decoding
 
 ANSWER = 512  # tokens an answer may have, where nothing else is asked for
 
@@ -76,7 +77,7 @@ class Conversation:
         stop: Sequence[str] = (),
         seed: int = 0,
     ):
-        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.model, self.tokenizer, self.template = for_decoding(model), tokenizer, template  # once for all turns
         self.max_new_tokens = max_new_tokens or min(ANSWER, model.cfg.context // 2)
         self.sampling, self.seed, self._stream = sampling, seed, stream
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]

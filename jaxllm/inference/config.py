@@ -1,4 +1,4 @@
-"""What `generate` is asked. No JAX here."""
+"""What `generate`, `chat` and `embed` are asked. No JAX here."""
 
 from typing import Annotated, Literal
 
@@ -34,6 +34,8 @@ class Beam(Config):
 
 
 Sampling = union(Greedy, Sample, Beam)
+Precision = Literal["float32", "bfloat16", "float16"]
+Pool = Literal["mean", "cls", "last"]  # of what a model says of tokens: their mean, the first, the last
 
 
 class ChatConfig(Config):
@@ -48,7 +50,7 @@ class ChatConfig(Config):
     max_new_tokens: int | None = Field(None, gt=0)  # longest answer; null: 512, or half the context if that is less
     sampling: Sampling = Sample(temperature=0.8, top_p=0.95)  # how tokens are chosen
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # texts that end an answer and are not part of it
-    precision: Literal["float32", "bfloat16", "float16"] | None = None  # of weights and compute; null: as in training
+    precision: Precision | None = None  # of weights and compute; null: as in training
     seed: int = Field(0, ge=0)  # of the draws
     compile_cache: bool = True  # keep compiled programs for the next start
 
@@ -64,6 +66,22 @@ class GenerateConfig(Config):
     sampling: Sampling = Sample(temperature=0.8, top_p=0.95)  # how tokens are chosen
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # texts that end a completion and are not part of it
     stop_tokens: tuple[str, ...] = ()  # tokens that end a completion as the end-of-document token does: <|eot_id|>
-    precision: Literal["float32", "bfloat16", "float16"] | None = None  # of weights and compute; null: as in training
+    precision: Precision | None = None  # of weights and compute; null: as in training
     seed: int = Field(0, ge=0)  # of the draws
     stream: bool = True  # print tokens as they come (one prompt)
+
+
+class EmbedConfig(Config):
+    """`jaxllm embed`: vectors of texts. What is null is as a folder of sentence-transformers says, or as said here."""
+
+    version: int = Field(1, ge=1)  # of this config format
+    model: str  # a run or one of its checkpoints, a Hugging Face folder, a GGUF file
+    step: int | None = Field(None, ge=0)  # which checkpoint of a run; null: the newest
+    text: tuple[str, ...] = ()  # texts, each of which gets a vector
+    file: str | None = None  # a file of more of them, one a line
+    out: str | None = None  # a *.npy file for float32 [texts, width]; null: a list a line, printed
+    batch: int = Field(32, gt=0)  # texts computed at once; changes no vector
+    pool: Pool | None = None  # what becomes the vector; null: the mean over all tokens
+    normalise: bool | None = None  # vectors of length 1; null: true
+    max_tokens: int | None = Field(None, gt=0)  # longer texts are cut; null: the model's context
+    precision: Precision | None = None  # of weights and compute; null: as in training, or as stored

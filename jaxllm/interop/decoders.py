@@ -175,7 +175,7 @@ def rotary_dim(default: int = 64) -> Part:
     return Part(
         ours,
         lambda cfg: {
-            "rotary_dim": round(cfg.head_dim(cfg.block.attention) * at(cfg.block.attention, "position.fraction"))
+            "rotary_dim": round(cfg.head_dim(cfg.block.attention) * (at(cfg.block.attention, "position.fraction") or 0))
         },
     )
 
@@ -360,9 +360,8 @@ def _gemma3_layers() -> Part:
         full = next((a for a in every if a.window is None), every[0])
         sliding = next((a for a in every if a.window is not None), every[0])
         named = {"full_attention": full, "sliding_attention": sliding}
-        return said | {
-            "rope_parameters": {n: _rope_parameters(cfg, a.position).get("rope_parameters") for n, a in named.items()}
-        }
+        parameters = {n: _rope_parameters(cfg, a.position).get("rope_parameters") for n, a in named.items()}
+        return said | ({"rope_parameters": parameters} if all(parameters.values()) else {})
 
     return Part(ours, theirs)
 
@@ -668,7 +667,7 @@ def _falcon_theirs(cfg: DecoderConfig) -> dict[str, Any]:
     said = {
         "new_decoder_architecture": new, "num_kv_heads": a.num_kv_heads, "multi_query": a.num_kv_heads == 1,
         "parallel_attn": placement.kind == "parallel", "num_ln_in_parallel_attn": 2 if two else 1 if new else None,
-        "ffn_hidden_size": cfg.block.ffn.mlp, "alibi": a.position.kind == "alibi",
+        "ffn_hidden_size": cfg.block.ffn.mlp, "alibi": at(a, "position.kind") == "alibi",
     }  # fmt: skip
     return said if said["alibi"] else said | _rope_parameters(cfg, a.position)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxllm.interop.family import ACTIVATIONS, ACTIVATIONS_OF_OURS, Family, Given, Part, activation
+from jaxllm.interop.family import ACTIVATIONS, ACTIVATIONS_OF_OURS, Family, Given, Part, activation, at
 from jaxllm.interop.names import FLAT, Form, Row, Table, by_head, layers, linear, matrix, norm, table, tensor
 from jaxllm.models.config import EncoderConfig
 
@@ -145,14 +145,20 @@ POSITIONS = Part(
     lambda given: _positions(0) | {"context": given["max_position_embeddings"]},
     lambda cfg: {"max_position_embeddings": cfg.context},
 )
+
+
+def _after_padding(context: int, offset: int) -> dict[str, Any]:
+    return {"max_position_embeddings": context + offset, "pad_token_id": offset - 1}
+
+
 # Positions count from the id of padding: that row of the table is padding's own.
 AFTER_PADDING = Part(
-    lambda given: _positions(given["pad_token_id"] + 1)
-    | {"context": given["max_position_embeddings"] - given["pad_token_id"] - 1},
-    lambda cfg: {
-        "max_position_embeddings": cfg.context + cfg.position.offset, "pad_token_id": cfg.position.offset - 1,
-    },
-)  # fmt: skip
+    lambda given: (
+        _positions(given["pad_token_id"] + 1)
+        | {"context": given["max_position_embeddings"] - given["pad_token_id"] - 1}
+    ),
+    lambda cfg: _after_padding(cfg.context, at(cfg, "position.offset") or 0),
+)
 SEGMENTS = Part(lambda given: {"segments": given["type_vocab_size"]}, lambda cfg: {"type_vocab_size": cfg.segments})
 TABLE = Part(
     lambda given: {"table": given["embedding_size"] if given["embedding_size"] != given["hidden_size"] else None},
@@ -349,9 +355,9 @@ def _disentangled_theirs(cfg: EncoderConfig) -> dict[str, Any]:
     relative, a = cfg.relative, cfg.block.attention
     out = {
         "max_position_embeddings": cfg.context, "position_biased_input": cfg.position.kind == "learned",
-        "relative_attention": relative is not None,
+        "relative_attention": at(relative, "kind") == "disentangled",
     }  # fmt: skip
-    if relative is None:  # what the logits are divided by is all that is left of the kinds
+    if at(relative, "kind") != "disentangled":  # what the logits are divided by is all that is left of the kinds
         return out | {"pos_att_type": ["c2p", "p2c"][: round(a.scale**-2 / cfg.head_dim(a)) - 1]}
     kinds = {"c2p": relative.content_to_position, "p2c": relative.position_to_content}
     return out | {

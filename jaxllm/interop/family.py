@@ -140,6 +140,8 @@ class Family:
         Raises:
           ConfigError: the family has no such model; names the fields.
         """
+        if not isinstance(cfg, self.model):
+            raise ConfigError(f"no {self.kind} is like this model: it is of another kind, {cfg.kind}")
         cfg = resolved(cfg)
         config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_types[0]}
         config |= self.only

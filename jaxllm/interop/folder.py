@@ -30,6 +30,7 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Copied as they are; weights are written anew.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+DEEPER = ("[0-9]*_*/config.json", "additional_chat_templates/*.jinja")  # files in folders of their own
 LARGE = 64 << 20  # no file beside weights is larger
 
 
@@ -75,8 +76,8 @@ def open_folder(folder: str | Path) -> Pretrained:
     tensors = safetensors.open_tensors(folder)
     weights = Weights(family, cfg, tensors, tensors.read, str(folder))
     files = {
-        p.name: p.read_bytes()
-        for p in sorted(folder.iterdir())
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted([*folder.iterdir(), *(p for pattern in DEEPER for p in folder.glob(pattern))])
         if p.is_file() and p.suffix not in WEIGHTS and not p.name.endswith(".index.json") and p.stat().st_size <= LARGE
         and p.name != "SHA256SUMS"
     }  # fmt: skip
@@ -169,16 +170,20 @@ def save_folder(
 
     specs = {n: safetensors.Spec(types[n], shape) for n, (shape, _, _) in made.items()}
     written = safetensors.write_folder(folder, specs, produce=produce, shard_bytes=shard_bytes)
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
+    _write(files, folder)
     return [*written, *(folder / n for n in files)]
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> None:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
 
 
 def write_source(source: Source, folder: Path) -> None:
     """Keeps what came with a model in a folder of its own."""
     folder.mkdir(parents=True)
-    for name, data in source.files.items():
-        (folder / name).write_bytes(data)
+    _write(source.files, folder)
     kept = json.dumps({"family": source.family, **source.kept._asdict()})
     (folder / _KEPT).write_text(kept, encoding="utf-8")
 
@@ -188,7 +193,8 @@ def read_source(folder: Path) -> Source | None:
     if not (folder / _KEPT).is_file():
         return None
     said: dict[str, Any] = json.loads((folder / _KEPT).read_text(encoding="utf-8"))
-    files = {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != _KEPT}
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / _KEPT)
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
     kept = Kept(said["bare"], tuple(said["tied"]))
     return Source(said["family"], json.loads(files["config.json"]), files, kept)
 
@@ -196,7 +202,7 @@ def read_source(folder: Path) -> Source | None:
 def fitting(cfg: AnyModel) -> Family:
     """The first family that has this model."""
     why = []
-    for family in FAMILIES:
+    for family in (family for family in FAMILIES if isinstance(cfg, family.model)):
         try:
             family.theirs(cfg)
         except ConfigError as e:

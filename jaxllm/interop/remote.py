@@ -87,7 +87,7 @@ def _baichuan_ours(given: Given) -> dict[str, Any]:
 
 
 def _baichuan_theirs(cfg: DecoderConfig) -> dict[str, Any]:
-    rotates = cfg.layer(0).attention.position.kind == "rope"
+    rotates = at(cfg.layer(0).attention, "position.kind") == "rope"
     return (
         {"model_max_length": cfg.context}
         | ({"max_position_embeddings": cfg.context} if rotates else {})
@@ -289,7 +289,7 @@ CHATGLM = Family(
     only={"quantization_bit": 0, "pre_seq_len": None, "eva_config": None},
     parts=(ALPHA, Part(
         lambda given: {"position.kind": "rope_2d" if given["position_encoding_2d"] else "rope"},
-        lambda cfg: {"position_encoding_2d": cfg.layer(0).attention.position.kind == "rope_2d"},
+        lambda cfg: {"position_encoding_2d": at(cfg.layer(0).attention, "position.kind") == "rope_2d"},
     )),
     drop=("attention.rotary_emb.inv_freq",),
 )  # fmt: skip

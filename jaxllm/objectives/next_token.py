@@ -29,7 +29,7 @@ def next_token(cfg: NextToken, model, batch: dict, key: Key[Array, ""] | None = 
     routings = []
     logits_BTV = model(
         batch["tokens"], batch["positions"], batch["documents"], prefix_BT=batch.get("prefix"),
-        index_BT=batch.get("index"), key=key, watch=routings.append,
+        index_BT=batch.get("index"), block_BT=batch.get("block"), key=key, watch=routings.append,
     )  # fmt: skip
     w_BT, targets_BT = batch["weights"], batch["targets"]
     top_BT = jax.lax.stop_gradient(jnp.max(logits_BTV, -1))

@@ -1,10 +1,12 @@
 """Conversations: templates beside transformers, ids, ends, what is forgotten, and templates that mean harm."""
 
 import functools
+import gc
 import io
 import json
 import lzma
 import os
+import weakref
 from pathlib import Path
 
 import jax
@@ -20,6 +22,7 @@ from jaxllm.inference.chat import Conversation, encode, end_of_turn
 from jaxllm.inference.config import ChatConfig, Greedy, Sample
 from jaxllm.inference.generate import generate
 from jaxllm.inference.template import LIMIT, Template
+from jaxllm.models import layout
 from jaxllm.models.config import FFN, Attention, Block, DecoderConfig
 from jaxllm.models.module import abstract, create, merge
 from jaxllm.pretrained import chat_templates, end_ids, load
@@ -313,6 +316,16 @@ def test_each_answer_is_that_of_a_fresh_generation_over_all_that_was_said(model)
     assert [m["role"] for m in ours.messages] == ["system", "user", "assistant", "user", "assistant"]
 
 
+def test_weights_are_taken_apart_for_decoding_once_and_not_at_every_turn(model, monkeypatch):
+    apart = []
+    whole = layout.unstack
+    monkeypatch.setattr(layout, "unstack", lambda *args: apart.append(args) or whole(*args))
+    ours = talk(model)
+    for text in ("one", "two", "three"):
+        ours.say(text)
+    assert len(apart) == 1 and model.blocks and not ours.model.blocks
+
+
 def test_an_answer_ends_at_ids_that_the_model_or_its_template_names(model):
     free = talk(model).say("a").completion
     assert len(free.tokens) == 8 and free.finish == "length"
@@ -412,6 +425,24 @@ def asked(folder, **fields):
     return ChatConfig(
         **{"model": str(folder), "compile_cache": False, "max_new_tokens": 12, "sampling": Greedy()} | fields
     )
+
+
+def test_the_verb_lets_go_of_the_model_as_it_was_read(folder, monkeypatch):
+    read, alive = [], []
+
+    def loaded(*args):
+        found = load(*args)
+        read.append(weakref.ref(found.model))
+        return found
+
+    def answered(talk, *args):
+        gc.collect()
+        alive.append(read[0]() is not None)
+
+    monkeypatch.setattr(verb, "load", loaded)
+    monkeypatch.setattr(verb, "_answer", answered)
+    verb.run(asked(folder, turns=("a",)), io.StringIO())
+    assert alive == [False]
 
 
 def test_the_verb_says_what_transformers_says(folder):

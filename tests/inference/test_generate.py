@@ -143,16 +143,15 @@ def test_cached_decode_of_a_padded_batch_is_the_full_forward_of_each_row_alone(f
 # --- what is chosen ----------------------------------------------------------------------------------------------
 
 
-def follow(model, prompt, count):
-    """Greedy tokens and their log-probabilities by a full forward for each."""
+def follow(model, prompt, count, prefix=0):
+    """Greedy tokens and their log-probabilities by a full forward for each; the first `prefix` see each other."""
     graphdef, params = split(model)
 
     @jax.jit
     def logprobs(params, tokens_T):
-        T = len(tokens_T)
-        return jax.nn.log_softmax(
-            merge(graphdef, params)(tokens_T[None], jnp.arange(T)[None], jnp.ones((1, T), jnp.int32))[0]
-        )
+        here = jnp.arange(len(tokens_T))[None]
+        logits_BTV = merge(graphdef, params)(tokens_T[None], here, jnp.ones_like(here), prefix_BT=here < prefix)
+        return jax.nn.log_softmax(logits_BTV[0])
 
     tokens, chosen = list(prompt), []
     for _ in range(count):
@@ -221,6 +220,18 @@ def test_a_bidirectional_prefix_is_that_of_the_full_forward():
         logits = model(jnp.array([prompt]), T, jnp.ones((1, 5), jnp.int32), prefix_BT=T < n)[0, -1]
         assert completion.logprobs[0] == pytest.approx(float(jax.nn.log_softmax(logits).max()), abs=1e-4)
     assert seen.logprobs != unseen.logprobs
+
+
+def test_places_in_two_dimensions_are_those_of_full_forwards_after_prefixes_of_any_length():
+    """ChatGLM: places in the prompt, whose prefix it is, and places after it (arXiv:2103.10360, section 2.2)."""
+    block = Block(attention=Attention(num_heads=4, mask=Causal() | Prefix()), ffn=FFN(mlp=24))
+    model, prefixes = tiny(block=block, position=RoPE2D()), [4, 0, 19, 2]
+    completions = generate(model, PROMPTS, max_new_tokens=20, prefix_lens=prefixes)
+    for prompt, prefix, completion in zip(PROMPTS, prefixes, completions, strict=True):
+        tokens, logprobs = follow(model, prompt, 20, prefix)
+        assert completion.tokens == tokens
+        np.testing.assert_allclose(completion.logprobs, logprobs, atol=1e-4)
+    assert len({c.tokens for c in completions[1::2]}) == 2  # one prompt after two prefixes
 
 
 def test_bfloat16_weights_generate():

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from jaxllm.inference.generate import generate
 from jaxllm.interop.decoders import FAMILIES
-from jaxllm.interop.folder import BY_KIND, open_folder, save_folder
+from jaxllm.interop.folder import BY_KIND, open_folder
 from jaxllm.interop.weights import load
 from jaxllm.models.module import abstract, merge
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+from tests.interop import oracle  # noqa: E402
 
 V, CONTEXT = 61, 64
 LENGTHS, T = (7, 1, 12), 24
@@ -282,12 +284,7 @@ def randomised(config: Any, seed: int) -> Any:
         setattr(config, key, value)
     architecture = getattr(transformers, BY_KIND[config.model_type].architecture)
     torch.manual_seed(seed)
-    model = architecture._from_config(config, attn_implementation=implementation(config)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn_like(p)
-            p.copy_(p + 0.2 * noise if p.ndim == 1 else noise * p.shape[-1] ** -0.5)
-    return model
+    return oracle.randomised(architecture._from_config(config, attn_implementation=implementation(config)), seed)
 
 
 def implementation(config: Any) -> str:
@@ -348,19 +345,8 @@ def assert_same_continuations(model: Any, ours: Any, seed: int) -> None:
 
 
 def assert_same_files(model: Any, read: Any, folder: Any) -> None:
-    """Written by us: the same config, the same tensors to the bit; read by transformers, the same model."""
-    dtypes = {n: np.dtype("float32") for n in read.weights}
-    save_folder(folder / "back", read.cfg, read.weights.shapes, read.weights.__getitem__, dtypes, source=read.source)
-    before, after = (open_folder(folder / side) for side in ("theirs", "back"))
-    assert {n: (e.dtype, e.shape) for n, e in before.tensors.items()} == {
-        n: (e.dtype, e.shape) for n, e in after.tensors.items()
-    }
-    for n in before.tensors:
-        assert before.tensors.read(n).tobytes() == after.tensors.read(n).tobytes()
-    assert before.source.files == after.source.files
-    # without its source: what our config alone says of it
-    save_folder(folder / "new", read.cfg, read.weights.shapes, read.weights.__getitem__, dtypes, family=read.family)
-    again = type(model).from_pretrained(folder / "new", attn_implementation=implementation(model.config))
+    """As `oracle.assert_same_tensors`; and what transformers reads says the same."""
+    again = oracle.assert_same_tensors(model, read, folder)
     ids = torch.arange(1, 21)[None]
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5, rtol=0)

@@ -16,8 +16,9 @@ from jaxllm.models.module import abstract, merge
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from tests.interop import oracle  # noqa: E402
 from tests.interop.test_decoders import few  # noqa: E402
-from tests.interop.test_encoders import assert_same_tensors, packed  # noqa: E402
+from tests.interop.test_encoders import packed  # noqa: E402
 
 V, CONTEXT = 50, 40
 READ, WRITTEN = (5, 9, 3), (4, 2, 7)
@@ -80,11 +81,7 @@ def randomised(config: Any, seed: int) -> Any:
     torch.manual_seed(seed)
     kind = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5", "bart": "Bart", "mbart": "MBart", "pegasus": "Pegasus"}
     model = getattr(transformers, kind[config.model_type] + "ForConditionalGeneration")
-    model = model._from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for p in (*model.parameters(), *(b for n, b in model.named_buffers() if n == "final_logits_bias")):
-            noise = torch.randn_like(p)
-            p.copy_(p + 0.2 * noise if p.ndim == 1 else noise * p.shape[-1] ** -0.5)
+    model = oracle.randomised(model._from_config(config, attn_implementation="eager"), seed)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     model.generation_config.forced_eos_token_id = None
@@ -105,7 +102,7 @@ def test_a_random_model_reads_and_writes_as_that_of_transformers_does(name, tmp_
         ours = merge(graphdef, load(read.weights, read.cfg, shapes))
         assert_same_logits(model, ours, seed)
         assert_same_outputs(model, ours, seed)
-        again = assert_same_tensors(model, read, folder)
+        again = oracle.assert_same_tensors(model, read, folder)
         ids = torch.arange(3, 14)[None]
         with torch.no_grad():
             a, b = (m(input_ids=ids, decoder_input_ids=ids[:, 4:]).logits for m in (again, model))

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxllm.interop.folder import open_folder, save_folder
+from jaxllm.interop.folder import open_folder
 from jaxllm.interop.weights import load
 from jaxllm.models.module import abstract, merge
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from tests.interop import oracle  # noqa: E402
 from tests.interop.test_decoders import few  # noqa: E402
 
 V, CONTEXT, LENGTHS = 50, 24, (5, 9, 3)
@@ -130,12 +131,7 @@ DRAWN = {f.__name__: f for f in (
 
 def randomised(config: Any, architecture: str, seed: int) -> Any:
     torch.manual_seed(seed)
-    model = getattr(transformers, architecture)(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn_like(p)
-            p.copy_(p + 0.2 * noise if p.ndim == 1 else noise * p.shape[-1] ** -0.5)
-    return model
+    return oracle.randomised(getattr(transformers, architecture)(config), seed)
 
 
 PAIRS = [(name, architecture) for name in DRAWN for architecture in CLASSES | MORE.get(name, {})]
@@ -221,26 +217,9 @@ def assert_same_outputs(model: Any, ours: Any, said: dict[str, str], seed: int) 
 
 
 def assert_same_files(model: Any, read: Any, folder: Any) -> None:
-    """As `assert_same_tensors`; and what transformers reads says the same."""
-    again = assert_same_tensors(model, read, folder)
+    """As `oracle.assert_same_tensors`; and what transformers reads says the same."""
+    again = oracle.assert_same_tensors(model, read, folder)
     ids = torch.arange(3, 14)[None]
     with torch.no_grad():
         for a, b in zip(again(input_ids=ids).values(), model(input_ids=ids).values(), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-
-
-def assert_same_tensors(model: Any, read: Any, folder: Any) -> Any:
-    """Written by us: the same config, the same tensors to the bit; and, without its source, as transformers reads it."""
-    dtypes = {n: np.dtype("float32") for n in read.weights}
-    save_folder(folder / "back", read.cfg, read.weights.shapes, read.weights.__getitem__, dtypes, source=read.source)
-    before, after = (open_folder(folder / side) for side in ("theirs", "back"))
-    assert {n: (e.dtype, e.shape) for n, e in before.tensors.items()} == {
-        n: (e.dtype, e.shape) for n, e in after.tensors.items()
-    }
-    for n in before.tensors:
-        assert before.tensors.read(n).tobytes() == after.tensors.read(n).tobytes()
-    assert before.source.files == after.source.files
-    save_folder(folder / "new", read.cfg, read.weights.shapes, read.weights.__getitem__, dtypes, family=read.family)
-    again, info = type(model).from_pretrained(folder / "new", attn_implementation="eager", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    return again

@@ -15,7 +15,8 @@ from jaxllm.verbs import convert
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
+
+from tests.interop.oracle import byte_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 MOST = 512 << 20  # bytes: what the library keeps of ten thousand models that differ
@@ -25,18 +26,9 @@ MOST = 512 << 20  # bytes: what the library keeps of ten thousand models that di
 def whole(tmp_path_factory):
     """A small LLaMA in four shards, with a tokenizer; and the same as GGUF."""
     folder = tmp_path_factory.mktemp("whole")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
-    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    model.add_special_tokens(["<s>", "</s>"])
-    model.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, bos_token="<s>", eos_token="</s>", chat_template="{{ messages }}"
-    ).save_pretrained(folder)
+    size = byte_tokenizer(folder, chat_template="{{ messages }}")
     config = transformers.LlamaConfig(
-        vocab_size=len(vocab), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=None,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="40KB")

@@ -15,18 +15,10 @@ from jaxllm.models.module import abstract, merge
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from tests.interop.oracle import randomised  # noqa: E402
+
 LENGTHS, T, V = (7, 1, 12), 24, 61
 GELU = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
-
-
-def randomised(model, seed: int):
-    """The model, in evaluation mode, with noise in every weight: norms and biases too."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn_like(p)
-            p.copy_(p + 0.2 * noise if p.ndim == 1 else noise * p.shape[-1] ** -0.5)
-    return model.eval()
 
 
 def assert_same_logits(model, cfg: DecoderConfig, logical: dict[str, np.ndarray]) -> None:

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.models.config import DecoderConfig
 from jaxllm.objectives.config import NextToken
 from jaxllm.objectives.next_token import next_token
 
@@ -24,6 +25,20 @@ def model_of(logits):
 
 def logits_like(data: dict, scale: float = 3.0):
     return scale * jax.random.normal(jax.random.key(0), (*data["tokens"].shape, V))
+
+
+def test_a_batch_says_where_tokens_stand_in_the_spans_they_fill():
+    cfg = DecoderConfig.model_validate({
+        "vocab": V, "context": 8, "embed": 8, "num_layers": 1, "position": "rope_2d",
+        "block": {"attention": {"num_heads": 2}, "ffn": {"mlp": 8}},
+    })  # fmt: skip
+    model, data = cfg.build(), batch()
+    spans = data | {"positions": jnp.minimum(jnp.arange(7), 3) + 0 * data["tokens"]}
+    spans["block"] = jnp.maximum(jnp.arange(7) - 3, 0) + 0 * data["tokens"]
+    logits = model(spans["tokens"], spans["positions"], spans["documents"], block_BT=spans["block"])
+    total = next_token(NextToken(), model, spans).total
+    assert total == pytest.approx(next_token(NextToken(), model_of(logits), spans).total)
+    assert abs(total - next_token(NextToken(), model, spans | {"block": None}).total) > 1e-3
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
