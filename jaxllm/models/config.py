@@ -473,8 +473,14 @@ class Mlm(Config):
     tie: bool = True  # output = embedding transposed
 
 
+class Lm(Config):
+    """Logits of the token at each place: embedding transposed, and a bias (Yang et al. 2019, arXiv:1906.08237)."""
+
+    kind: Literal["lm"] = "lm"
+
+
 class Pooled(Config):
-    """Logits of a row, of its first token's `pooler` (Devlin et al. 2018, arXiv:1810.04805, section 3.2)."""
+    """Logits of a row, of the `pooler` of one of its tokens (Devlin et al. 2018, arXiv:1810.04805, section 3.2)."""
 
     kind: Literal["classification"] = "classification"
     labels: int = Field(2, gt=0)  # classes, or 1 for a regression
@@ -512,7 +518,7 @@ class Answer(Config):
     kind: Literal["qa"] = "qa"
 
 
-Head = union(Mlm, Pooled, NextSentence, SentenceOrder, ReplacedToken, PerToken, Answer)
+Head = union(Mlm, Lm, Pooled, NextSentence, SentenceOrder, ReplacedToken, PerToken, Answer)
 OF_ROWS = ("classification", "nsp", "sop")  # heads that read the pooler
 
 
@@ -536,9 +542,9 @@ class EncoderConfig(Stack):
     tasks: int = Field(0, ge=0)  # kinds of task, each with an embedding (ERNIE 2, arXiv:1907.12412)
     repeat: int = Field(1, gt=0)  # times that each layer is computed with the same weights (ALBERT: 12)
     convolution: Convolution | None = None  # beside the first layer
-    pooler: Activation | None = (
-        None  # act(x W) of a row's first token, for heads that judge rows; null: the token itself
-    )
+    query_stream: bool = False  # tokens are predicted from their place and the others that they see (XLNet, 2.3)
+    pooled: Literal["first", "last"] = "first"  # the token of a row that stands for it; last: rows are padded before it
+    pooler: Activation | None = None  # act(x W) of that token, for heads that judge rows; null: the token itself
     heads: tuple[Head, ...] = ()  # what is predicted, each kind at most once
 
     @model_validator(mode="before")
@@ -553,6 +559,14 @@ class EncoderConfig(Stack):
             raise ValueError("convolution stands beside the first of layers that are alike; take pattern away")
         if any(b.cross is not None for b in self.blocks):
             raise ValueError("cross is for decoders")
+        if self.query_stream and self.convolution is not None:
+            raise ValueError("query_stream with convolution: a place would see the token that it predicts")
+        if self.query_stream and any(rope.by_length for rope, _ in self.ropes):
+            raise ValueError("query_stream with position.scaling by the length of a document: take another scaling")
+        if self.head("lm") and self.table not in (None, self.embed):
+            raise ValueError(
+                f"heads: lm scores by the embedding, of table={self.table} for embed={self.embed}; take mlm"
+            )
         kinds = [head.kind for head in self.heads]
         if twice := [k for k in kinds if kinds.count(k) > 1]:
             raise ValueError(f"heads has {twice[0]} twice; each kind once")

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.core.axes import constrain
-from jaxllm.core.shapes import Array, Float, Int, Key
+from jaxllm.core.errors import ConfigError
+from jaxllm.core.shapes import Array, Bool, Float, Int, Key
 from jaxllm.models.config import OF_ROWS, EncoderConfig, LayerNorm
+from jaxllm.models.layers.attention import KV, Tokens
 from jaxllm.models.layers.block import Layer, Watch
 from jaxllm.models.layers.ffn import activate
 from jaxllm.models.layers.init import Weight, std
@@ -43,6 +45,8 @@ class Encoder(Stack):
             self.segments = param(rngs, row(cfg.segments), small=cfg.segments, embed=width)
         if cfg.tasks:
             self.tasks = param(rngs, row(cfg.tasks), small=cfg.tasks, embed=width)
+        if cfg.query_stream:
+            self.query = param(rngs, row(1), embed=width)
         if cfg.embedding_norm:
             self.embedding_norm = Norm(cfg.embedding_norm, embed=width)
         if cfg.table:
@@ -63,16 +67,27 @@ class Encoder(Stack):
         *,
         segments_BT: Int[Array, "B T"] | None = None,
         tasks_BT: Int[Array, "B T"] | None = None,
+        visible_BTT: Bool[Array, "B T T"] | None = None,
+        targets_BP: Int[Array, "B P"] | None = None,
         key: Key[Array, ""] | None = None,
         watch: Watch | None = None,
     ) -> Outputs:
-        """What each head says, float32, by its kind: `mlm` [B, T, V], `rtd` [B, T], `tokens` [B, T, labels], `qa`
-        [B, T, 2] (start, end), `classification` [B, labels], `nsp` and `sop` [B, 2].
+        """What each head says, float32, by its kind: `mlm` and `lm` [B, T, V], `rtd` [B, T], `tokens` [B, T, labels],
+        `qa` [B, T, 2] (start, end), `classification` [B, labels], `nsp` and `sop` [B, 2].
 
-        Heads of rows judge the first token of each row. Arguments as `Decoder` has them; segments and tasks are 0 where
-        they are not given.
+        Heads of rows judge one token of each row (`pooled`). Arguments as `Decoder` has them; segments and tasks are 0
+        where they are not given.
+
+        Args:
+          visible_BTT: which keys (last axis) each token may see, of those that the mask lets it see; it sees itself.
+          targets_BP: places that the query stream predicts, each from what its token sees but that token itself. Heads
+            then look at them alone, P in place of T.
+
+        Raises:
+          ConfigError: targets for a model without a query stream; rows longer than its learned positions.
         """
         told = {"segments_BT": segments_BT, "tasks_BT": tasks_BT, "key": key, "watch": watch}
+        told |= {"visible_BTT": visible_BTT, "targets_BP": targets_BP}
         return self.judge(self.hidden(tokens_BT, positions_BT, documents_BT, **told))
 
     def hidden(
@@ -83,31 +98,65 @@ class Encoder(Stack):
         *,
         segments_BT: Int[Array, "B T"] | None = None,
         tasks_BT: Int[Array, "B T"] | None = None,
+        visible_BTT: Bool[Array, "B T T"] | None = None,
+        targets_BP: Int[Array, "B P"] | None = None,
         key: Key[Array, ""] | None = None,
         table_VD: Float[Array, "V D"] | None = None,
         watch: Watch | None = None,
-    ) -> Float[Array, "B T D"]:
-        """What the last layer says of each token."""
-        self.check_length(tokens_BT.shape[1])
-        positions_BT = self.placed(positions_BT, key)
-        x_BTD = self.embed(tokens_BT, positions_BT, segments_BT, tasks_BT, key, table_VD)
-        x_BTD, _ = self.layers(x_BTD, row_tokens(positions_BT, documents_BT), key, watch=watch)
-        return self.final(x_BTD)
+    ) -> Float[Array, "B _ D"]:
+        """What the last layer says of each token or, with `targets_BP`, of each target."""
+        T = tokens_BT.shape[1]
+        self.check_length(T)
+        row = row_tokens(self.placed(positions_BT, key), documents_BT)._replace(segment=segments_BT)
+        if visible_BTT is not None:
+            row = row._replace(seen=visible_BTT | jnp.eye(T, dtype=bool))
+        x_BTE, tokens, see = lookup(self.table(table_VD), tokens_BT), row, None
+        if targets_BP is not None:
+            x_BTE, tokens, tasks_BT = self.with_targets(x_BTE, row, tasks_BT, targets_BP)
+            see = lambda _, kv: (KV(*(x[:, :T] for x in kv)), row)
+        x_BTD = self.enter(x_BTE, tokens, tasks_BT, key)
+        x_BTD, _ = self.layers(x_BTD, tokens, key, watch=watch, see=see)
+        return self.final(x_BTD if targets_BP is None else x_BTD[:, T:])
 
-    def embed(
+    def with_targets(
         self,
-        tokens_BT: Int[Array, "B T"],
-        positions_BT: Int[Array, "B T"],
-        segments_BT: Int[Array, "B T"] | None = None,
-        tasks_BT: Int[Array, "B T"] | None = None,
-        key: Key[Array, ""] | None = None,
-        table_VD: Float[Array, "V D"] | None = None,
+        x_BTE: Float[Array, "B T E"],
+        row: Tokens,
+        tasks_BT: Int[Array, "B T"] | None,
+        targets_BP: Int[Array, "B P"],
+    ) -> tuple[Float[Array, "B _ E"], Tokens, Int[Array, "B _"] | None]:
+        """A row with its query stream behind it: rows of the table, where they stand, their tasks.
+
+        Both streams go through the same layers and look at keys and values of the row (Yang et al. 2019,
+        arXiv:1906.08237, section 2.3).
+        """
+        if not self.cfg.query_stream:
+            raise ConfigError("targets_BP is for encoders with a query stream; set query_stream=true")
+        B, T, E = x_BTE.shape
+        also = lambda x_BT: jnp.concatenate([x_BT, jnp.take_along_axis(x_BT, targets_BP, axis=1)], axis=1)
+        told = (jnp.broadcast_to(row.index, (B, T)), row.position, row.document, row.segment, tasks_BT)
+        index, position, document, segment, tasks = jax.tree.map(also, told)
+        seen_BTT = jnp.ones((B, T, T), bool) if row.seen is None else row.seen
+        others_BPT = jnp.take_along_axis(seen_BTT & ~jnp.eye(T, dtype=bool), targets_BP[..., None], axis=1)
+        tokens = Tokens(
+            index, position, document, row.prefix, segment=segment, seen=jnp.concatenate([seen_BTT, others_BPT], axis=1)
+        )
+        query_BPE = jnp.broadcast_to(self.query[...].astype(x_BTE.dtype), (*targets_BP.shape, E))
+        return jnp.concatenate([x_BTE, query_BPE], axis=1), tokens, tasks
+
+    def enter(
+        self,
+        x_BTE: Float[Array, "B T E"],
+        tokens: Tokens,
+        tasks_BT: Int[Array, "B T"] | None,
+        key: Key[Array, ""] | None,
     ) -> Float[Array, "B T D"]:
+        """What the first layer is given, of rows of the table."""
         cfg = self.cfg
-        x_BTD = self.add_place(lookup(self.table(table_VD), tokens_BT), positions_BT)
-        for name, ids_BT in (("segments", segments_BT), ("tasks", tasks_BT)):
+        x_BTD = self.add_place(x_BTE, tokens.position)
+        for name, ids_BT in (("segments", tokens.segment), ("tasks", tasks_BT)):
             if getattr(cfg, name):
-                ids_BT = jnp.zeros_like(tokens_BT) if ids_BT is None else ids_BT
+                ids_BT = jnp.zeros_like(tokens.position) if ids_BT is None else ids_BT
                 x_BTD = x_BTD + lookup(getattr(self, name)[...], ids_BT, "small")
         x_BTD = self.settle(x_BTD, key)
         if cfg.table:
@@ -126,10 +175,10 @@ class Encoder(Stack):
 
     def judge(self, x_BTD: Float[Array, "B T D"]) -> Outputs:
         """What the heads say of hidden states."""
-        first_BD = x_BTD[:, 0]
+        one_BD = x_BTD[:, 0 if self.cfg.pooled == "first" else -1]
         if self.cfg.pooler:
-            first_BD = activate(self.cfg.pooler, self.pooler(first_BD))
-        of = lambda kind: first_BD if kind in OF_ROWS else x_BTD
+            one_BD = activate(self.cfg.pooler, self.pooler(one_BD))
+        of = lambda kind: one_BD if kind in OF_ROWS else x_BTD
         return {head.kind: getattr(self, head.kind)(of(head.kind), self) for head in self.cfg.heads}
 
 
@@ -181,6 +230,14 @@ class Mlm(nnx.Module):
         return to_vocabulary(h_BTE, w, tied=self.cfg.tie) + self.b[...]
 
 
+class Lm(nnx.Module):
+    def __init__(self, cfg: EncoderConfig, head, *, rngs: nnx.Rngs):
+        self.b = constant(0.0, vocab=cfg.vocab)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], encoder: Encoder) -> Float[Array, "B T V"]:
+        return to_vocabulary(x_BTD, encoder.embedding[...], tied=True) + self.b[...]
+
+
 class ReplacedToken(nnx.Module):
     def __init__(self, cfg: EncoderConfig, head, *, rngs: nnx.Rngs):
         self.cfg = head
@@ -230,6 +287,6 @@ def _layer_norm(cfg: EncoderConfig) -> LayerNorm:
 
 
 HEADS = {
-    "mlm": Mlm, "classification": _Labels, "nsp": _Labels, "sop": _Labels, "rtd": ReplacedToken, "tokens": _Labels,
-    "qa": _Labels,
+    "mlm": Mlm, "lm": Lm, "classification": _Labels, "nsp": _Labels, "sop": _Labels, "rtd": ReplacedToken,
+    "tokens": _Labels, "qa": _Labels,
 }  # fmt: skip

@@ -25,6 +25,10 @@ from jaxllm.models.positions import RoPE, RoPE2D
 from jaxllm.models.remat import Remat, remat
 
 
+# (place in the group, keys and values of its input) -> all keys and values that a layer attends to, and their tokens
+See = Callable[[int, KV], tuple[KV, Tokens]]
+
+
 class Stack(nnx.Module):
     """See `models.config.Stack`. Weights of pattern slot s are stacked over groups in `blocks[s]`; the rest is in `tail`.
 
@@ -123,10 +127,12 @@ class Stack(nnx.Module):
         keep: bool = False,
         memory: Memory | None = None,
         watch: Watch | None = None,
+        see: See | None = None,
     ):
         """The residual stream after all layers; with `keep` also each layer's keys and values, as `Cache` has them.
 
         Args:
+          see: as `group` takes it.
           watch: is told once what the routers of all mixtures did, if there are any: `Routing` of arrays, one element
             a mixture.
         """
@@ -136,7 +142,7 @@ class Stack(nnx.Module):
         def group(x_BTD, group_blocks):
             (first, blocks), seen = group_blocks, []
             told = {"keep": keep, "scanned": self.scan and cfg.num_groups > 1, "watch": watch and seen.append}
-            x_BTD, kvs = self.group(blocks, x_BTD, context, first, key, **told)
+            x_BTD, kvs = self.group(blocks, x_BTD, context, first, key, see, **told)
             return x_BTD, (kvs, seen)
 
         kvs, seen, late, last = (), [], [], jnp.int32(P * cfg.num_groups if self.blocks else 0)
@@ -144,7 +150,7 @@ class Stack(nnx.Module):
             firsts, unroll = P * jnp.arange(cfg.num_groups), 1 if self.scan else cfg.num_groups
             x_BTD, (kvs, seen) = jax.lax.scan(group, x_BTD, (firsts, tuple(self.blocks)), unroll=unroll)
         told = {"keep": keep, "scanned": False, "watch": watch and late.append}
-        x_BTD, tail = self.group(tuple(self.tail), x_BTD, context, last, key, **told)
+        x_BTD, tail = self.group(tuple(self.tail), x_BTD, context, last, key, see, **told)
         if seen or late:
             late = [jax.tree.map(lambda x: x[None], routing) for routing in late]
             watch(jax.tree.map(lambda *xs: jnp.concatenate(xs), *seen, *late))
@@ -157,7 +163,7 @@ class Stack(nnx.Module):
         context: Layer,
         first: Int[Array, ""],
         key: Key[Array, ""] | None = None,
-        see: Callable[[int, KV], tuple[KV, Tokens]] | None = None,
+        see: See | None = None,
         *,
         keep: bool = False,
         scanned: bool = True,
@@ -166,7 +172,7 @@ class Stack(nnx.Module):
         """The residual stream after these layers, numbered from `first`; with `keep` their keys and values.
 
         Args:
-          see: (place in the group, keys and values) -> all those to attend to; None: only its own.
+          see: what each layer attends to; None: its own keys and values.
           scanned: runs in a loop, which hides from XLA that the backward pass computes something again.
           watch: is told what the router of each mixture did.
         """
