@@ -15,8 +15,9 @@ OUTPUT = Form(  # [D, N, H]
 
 
 def _attention(given: Given) -> dict[str, Any]:
-    if given["d_model"] != given["n_head"] * (given.get("d_head") or given["d_model"] // given["n_head"]):
-        raise given.refuse("d_head", f"must be d_model / n_head={given['d_model'] / given['n_head']}")
+    head_dim = given["d_model"] // given["n_head"]
+    if given.get("d_head") not in (None, head_dim):
+        raise given.refuse("d_head", f"must be d_model / n_head={head_dim}")
     kinds = {"bi": "full", "uni": "causal"}
     if given["attn_type"] not in kinds:
         raise given.refuse("attn_type", f"known: {', '.join(kinds)}")

@@ -440,6 +440,9 @@ class DecoderConfig(Stack):
     logit_scale: float = Field(1.0, gt=0)  # final logits are multiplied by this (MPT)
     logit_softcap: float | None = Field(None, gt=0)  # final logits -> c tanh(logits / c) (Gemma 2)
     query_layer: Block | None = None  # on top of all, with embeddings of places as queries (PanGu-alpha, 2104.12369)
+    memory: int = Field(
+        0, ge=0
+    )  # tokens before a segment that its layers see as they were (Transformer-XL, 1901.02860)
 
     @model_validator(mode="after")
     def _query_layer_fits(self):
@@ -452,6 +455,31 @@ class DecoderConfig(Stack):
             if self.query_layer.ffn.kind != "dense":
                 raise ValueError("query_layer takes ffn=dense")
         return self
+
+    @model_validator(mode="after")
+    def _memory_lasts(self):
+        if self.memory and (why := self.forgets):
+            raise ValueError(f"memory={self.memory}: {why}")
+        return self
+
+    @property
+    def forgets(self) -> str | None:
+        """Why layers cannot see the tokens of earlier segments as they were; None: they can."""
+        reasons = {
+            "position=learned has no vectors for tokens beyond the context; take relative=xl with position=none, or rope":
+                self.position.kind == "learned",
+            "position=rope_2d counts from the end of a prefix, which one segment holds; take rope":
+                any(rope.kind == "rope_2d" for rope, _ in self.ropes),
+            "position.scaling turns all keys by the length of a document, which its last segment tells; take linear or ntk":
+                any(rope.by_length for rope, _ in self.ropes),
+            "random_positions are drawn for a row, not for the text that goes on in the next; set it to null":
+                self.random_positions is not None,
+            "a layer sees tokens that follow, which were not there when an earlier segment was computed; take mask=causal":
+                not all(b.attention.mask.causal for b in self.blocks),
+            "cross attends to the input of one row; set it to null": any(b.cross is not None for b in self.blocks),
+            "query_layer has embeddings for the places of one row only; set it to null": self.query_layer is not None,
+        }  # fmt: skip
+        return next((why for why, holds in reasons.items() if holds), None)
 
     def build(self, seed: int = 0) -> "Decoder":
         """The model with freshly initialised float32 weights."""
