@@ -499,6 +499,7 @@ class Mlm(Config):
     kind: Literal["mlm"] = "mlm"
     activation: Activation = "gelu"  # of the projection to the width of the embedding
     tie: bool = True  # output = embedding transposed
+    enhanced: int = Field(0, ge=0)  # times that the last layer is computed again, asked by place (DeBERTa: 2)
 
 
 class Lm(Config):
@@ -595,6 +596,13 @@ class EncoderConfig(Stack):
             raise ValueError(
                 f"heads: lm scores by the embedding, of table={self.table} for embed={self.embed}; take mlm"
             )
+        if self.enhanced and (self.query_stream or self.repeat > 1 or self.mixtures):
+            raise ValueError(
+                f"heads: mlm.enhanced={self.enhanced} computes one dense last layer again; take query_stream, repeat and "
+                "ffn=moe away"
+            )
+        if self.enhanced and not self.num_groups:
+            raise ValueError(f"heads: mlm.enhanced={self.enhanced} needs layers before the last; raise num_layers")
         kinds = [head.kind for head in self.heads]
         if twice := [k for k in kinds if kinds.count(k) > 1]:
             raise ValueError(f"heads has {twice[0]} twice; each kind once")
@@ -603,6 +611,16 @@ class EncoderConfig(Stack):
     def head(self, kind: str) -> Any:
         """The head of that kind, or None."""
         return next((head for head in self.heads if head.kind == kind), None)
+
+    @property
+    def enhanced(self) -> int:
+        """Times that the last layer is computed again for the MLM head."""
+        return getattr(self.head("mlm"), "enhanced", 0)
+
+    @property
+    def num_groups(self) -> int:
+        """As of any stack; the last layer stands apart if it is computed again."""
+        return (self.num_layers - bool(self.enhanced)) // len(self.blocks)
 
     def build(self, seed: int = 0) -> "Encoder":
         """The model with freshly initialised float32 weights."""

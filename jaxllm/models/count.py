@@ -96,7 +96,7 @@ def _head(cfg: EncoderConfig, head: Head) -> int:
     D, E, V = cfg.embed, cfg.table_width, vocabulary(cfg)
     match head.kind:
         case "mlm":
-            return (D + 3) * E + V + (0 if head.tie else E * V)
+            return (D + 3) * E + V + (0 if head.tie else E * V) + bool(head.enhanced) * cfg.context * D
         case "lm":
             return V
         case "rtd":

@@ -1,5 +1,7 @@
 """The encoder: embeddings of tokens, places and segments, layers that see both ways, heads for tasks."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -88,9 +90,13 @@ class Encoder(Stack):
         """
         told = {"segments_BT": segments_BT, "tasks_BT": tasks_BT, "key": key, "watch": watch}
         told |= {"visible_BTT": visible_BTT, "targets_BP": targets_BP}
-        return self.judge(self.hidden(tokens_BT, positions_BT, documents_BT, **told))
+        return self.judge(*self.states(tokens_BT, positions_BT, documents_BT, **told))
 
-    def hidden(
+    def hidden(self, tokens_BT: Array, positions_BT: Array, documents_BT: Array, **told: Any) -> Float[Array, "B _ D"]:
+        """What the last layer says of each token or target; arguments as `__call__` has them."""
+        return self.states(tokens_BT, positions_BT, documents_BT, **told)[0]
+
+    def states(
         self,
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
@@ -103,8 +109,8 @@ class Encoder(Stack):
         key: Key[Array, ""] | None = None,
         table_VD: Float[Array, "V D"] | None = None,
         watch: Watch | None = None,
-    ) -> Float[Array, "B _ D"]:
-        """What the last layer says of each token or, with `targets_BP`, of each target."""
+    ) -> tuple[Float[Array, "B _ D"], Float[Array, "B T D"] | None]:
+        """What the last layer says of each token or target, and what it does when the MLM head asks it by place."""
         T = tokens_BT.shape[1]
         self.check_length(T)
         row = row_tokens(self.placed(positions_BT, key), documents_BT)._replace(segment=segments_BT)
@@ -114,9 +120,32 @@ class Encoder(Stack):
         if targets_BP is not None:
             x_BTE, tokens, tasks_BT = self.with_targets(x_BTE, row, tasks_BT, targets_BP)
             see = lambda _, kv: (KV(*(x[:, :T] for x in kv)), row)
-        x_BTD = self.enter(x_BTE, tokens, tasks_BT, key)
-        x_BTD, _ = self.layers(x_BTD, tokens, key, watch=watch, see=see)
-        return self.final(x_BTD if targets_BP is None else x_BTD[:, T:])
+        x_BTD, asked_BTD = self.enter(x_BTE, tokens, tasks_BT, key), None
+        x_BTD, _ = self.layers(x_BTD, tokens, key, watch=watch, see=see, last=not self.cfg.enhanced)
+        if self.cfg.enhanced:
+            x_BTD, asked_BTD = self.last_again(x_BTD, tokens, key)
+            asked_BTD = self.final(asked_BTD)
+        return self.final(x_BTD if targets_BP is None else x_BTD[:, T:]), asked_BTD
+
+    def last_again(
+        self, x_BTD: Float[Array, "B T D"], tokens: Tokens, key: Key[Array, ""] | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        """The last layer of its input; and computed again and again, asked first by that input and absolute places.
+
+        What asks is a query and goes on in the residual stream; keys and values are those of the input, always (He et
+        al. 2020, arXiv:2006.03654, section 3.2; that places are added to the input is of the published code).
+        """
+        L, context, block = self.cfg.num_layers, self.context(tokens), self.tail[-1]
+        kv = block.keys_values(x_BTD, context.rotations)
+
+        def again(i: int, q_BTD: Array) -> Array:
+            number = jnp.int32(L - 1 + i)  # draws other numbers for dropout each time
+            return self.group((block,), q_BTD, context, number, key, lambda _, own: (kv, tokens), scanned=False)[0]
+
+        asked_BTD = x_BTD + lookup(self.mlm.positions[...], tokens.position, "position")
+        for i in range(self.cfg.enhanced):
+            asked_BTD = again(1 + i, asked_BTD)
+        return again(0, x_BTD), asked_BTD
 
     def with_targets(
         self,
@@ -173,13 +202,15 @@ class Encoder(Stack):
             x_BTD = jax.lax.cond(first == 0, beside, lambda x_BTD: x_BTD, x_BTD)
         return x_BTD, kvs
 
-    def judge(self, x_BTD: Float[Array, "B T D"]) -> Outputs:
-        """What the heads say of hidden states."""
+    def judge(self, x_BTD: Float[Array, "B T D"], asked_BTD: Float[Array, "B T D"] | None = None) -> Outputs:
+        """What the heads say of hidden states; the MLM head, of those that `states` has for it."""
         one_BD = x_BTD[:, 0 if self.cfg.pooled == "first" else -1]
         if self.cfg.pooler:
             one_BD = activate(self.cfg.pooler, self.pooler(one_BD))
-        of = lambda kind: one_BD if kind in OF_ROWS else x_BTD
-        return {head.kind: getattr(self, head.kind)(of(head.kind), self) for head in self.cfg.heads}
+        if self.cfg.enhanced and asked_BTD is None:
+            raise ConfigError("mlm.enhanced: give both results of `states`")
+        views = dict.fromkeys(OF_ROWS, one_BD) | ({} if asked_BTD is None else {"mlm": asked_BTD})
+        return {head.kind: getattr(self, head.kind)(views.get(head.kind, x_BTD), self) for head in self.cfg.heads}
 
 
 class Projection(nnx.Module):
@@ -223,6 +254,9 @@ class Mlm(nnx.Module):
         if not head.tie:
             self.w = param(rngs, std(cfg, Weight("head", width, cfg.vocab)), embed=width, vocab=cfg.vocab)
         self.b = constant(0.0, vocab=cfg.vocab)
+        if head.enhanced:
+            deviation = std(cfg, Weight("embedding", cfg.context, cfg.embed))
+            self.positions = param(rngs, deviation, position=cfg.context, embed=cfg.embed)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], encoder: Encoder) -> Float[Array, "B T V"]:
         h_BTE = self.norm(activate(self.cfg.activation, self.projection(x_BTD)))

@@ -109,7 +109,8 @@ class Stack(nnx.Module):
 
     def check_length(self, length: int) -> None:
         """Raises ConfigError where a row has more tokens than there are learned positions."""
-        learned = self.cfg.position.kind == "learned" or getattr(self.cfg, "query_layer", None)
+        cfg = self.cfg
+        learned = cfg.position.kind == "learned" or getattr(cfg, "query_layer", None) or getattr(cfg, "enhanced", 0)
         if learned and length > self.cfg.context:
             raise ConfigError(
                 f"rows of {length} tokens for a model of {self.cfg.context} learned positions (model.context)"
@@ -146,12 +147,14 @@ class Stack(nnx.Module):
         watch: Watch | None = None,
         see: See | None = None,
         past: Past | None = None,
+        last: bool = True,
     ):
         """The residual stream after all layers; with `keep` also each layer's keys and values, as `Cache` has them.
 
         Args:
           see: as `group` takes it.
           past: the text before; then what layers remember of it and of these tokens comes back in place of keys.
+          last: also computes the last layer, if that stands in the tail.
           watch: is told once what the routers of all mixtures did, if there are any: `Routing` of arrays, one element
             a mixture.
         """
@@ -170,13 +173,14 @@ class Stack(nnx.Module):
             x_BTD, kvs = self.group(blocks, x_BTD, context, first, key, see, past=old, **told)
             return x_BTD, (kvs, seen)
 
-        kvs, seen, late, last = (), [], [], jnp.int32(P * cfg.num_groups if self.blocks else 0)
+        kvs, seen, late, rest = (), [], [], jnp.int32(P * cfg.num_groups if self.blocks else 0)
         if self.blocks:
             firsts, unroll = P * jnp.arange(cfg.num_groups), 1 if self.scan else cfg.num_groups
             given = firsts, tuple(self.blocks), past and past.blocks
             x_BTD, (kvs, seen) = jax.lax.scan(group, x_BTD, given, unroll=unroll)
-        told = {"keep": keep, "scanned": False, "watch": watch and late.append}
-        x_BTD, tail = self.group(tuple(self.tail), x_BTD, context, last, key, see, past=past and past.tail, **told)
+        told = {"keep": keep, "scanned": False, "watch": watch and late.append, "past": past and past.tail}
+        tail = tuple(self.tail) if last else tuple(self.tail)[:-1]
+        x_BTD, tail = self.group(tail, x_BTD, context, rest, key, see, **told)
         if seen or late:
             late = [jax.tree.map(lambda x: x[None], routing) for routing in late]
             watch(jax.tree.map(lambda *xs: jnp.concatenate(xs), *seen, *late))

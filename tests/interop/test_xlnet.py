@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from jaxllm.core.errors import CheckpointError
 from jaxllm.interop.folder import BY_KIND, open_folder
 from jaxllm.interop.weights import load
+from jaxllm.models.config import DecoderConfig
+from jaxllm.models.layout import stack
 from jaxllm.models.module import abstract, merge
 
 torch = pytest.importorskip("torch")
@@ -102,6 +104,34 @@ def test_a_random_xlnet_says_what_that_of_transformers_does_and_its_files_go_bac
         assert_same_files(model, read, folder)
 
     check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [3, 20])
+def test_segments_of_a_decoder_are_those_of_a_causal_xlnet_with_its_mems(memory, tmp_path):
+    """XLNet that sees one way and is given back its hidden states is a Transformer-XL of transformers."""
+    said = transformers.XLNetConfig(
+        vocab_size=V, d_model=16, n_layer=3, n_head=2, d_inner=20, attn_type="uni", mem_len=memory
+    )
+    model = randomised(said, "XLNetLMHeadModel", 0)
+    model.save_pretrained(tmp_path)
+    read = open_folder(tmp_path)
+    cfg = DecoderConfig.model_validate({
+        "vocab": V, "embed": 16, "num_layers": 3, "block": read.cfg.block.model_dump(), "position": "none",
+        "relative": "xl", "final_norm": False, "tie": True, "head_bias": True, "memory": memory,
+    })  # fmt: skip
+    weights = {n: read.weights[n] for n in read.weights if n != "query" and not n.endswith((".s", ".of_segments"))}
+    weights["head_bias"] = weights.pop("lm.b")
+    decoder = merge(abstract(cfg)[0], stack(weights, cfg))
+    ids = np.random.default_rng(1).integers(0, V, (2, 15)).astype(np.int32)
+    mems, past, segment = None, decoder.begin(2), jax.jit(decoder.segment)
+    for i in range(0, 15, 5):
+        at = jnp.broadcast_to(jnp.arange(i, i + 5), (2, 5))
+        got, past = segment(jnp.asarray(ids[:, i : i + 5]), at, jnp.ones_like(at), past)
+        with torch.no_grad():
+            out = model(input_ids=torch.tensor(ids[:, i : i + 5]).long(), mems=mems, use_mems=True)
+        mems = out.mems
+        np.testing.assert_allclose(got, out.logits.numpy(), atol=1e-4, rtol=0)
 
 
 def test_what_no_xlnet_here_computes_is_refused_naming_the_key():
