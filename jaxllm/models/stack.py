@@ -26,10 +26,6 @@ from jaxllm.models.positions import RoPE, RoPE2D
 from jaxllm.models.remat import Remat, remat
 
 
-# (place in the group, keys and values of its input) -> all keys and values that a layer attends to, and their tokens
-See = Callable[[int, KV], tuple[KV, Tokens]]
-
-
 class Past(NamedTuple):
     """What layers remember of the text before a segment: their inputs, without a gradient.
 
@@ -44,6 +40,10 @@ class Past(NamedTuple):
     def tokens(self) -> Tokens:
         index_1M = jnp.arange(-self.position_BM.shape[1], 0)[None]
         return Tokens(index_1M, self.position_BM, self.document_BM, jnp.zeros((1, 1), bool))
+
+
+# (place in the group, keys and values of its input) -> all keys and values that a layer attends to, and their tokens
+See = Callable[[int, KV], tuple[KV, Tokens]]
 
 
 class Stack(nnx.Module):
@@ -162,9 +162,8 @@ class Stack(nnx.Module):
         context = self.context(tokens, memory)
         if past is not None:
             before = past.tokens()
-            both = Tokens(
-                *(jnp.concatenate(pair, 1) for pair in zip(before[:3], tokens[:3], strict=True)), before.prefix
-            )
+            index, position, document = (jnp.concatenate(pair, 1) for pair in zip(before[:3], tokens[:3], strict=True))
+            both = Tokens(index, position, document, before.prefix)
             context = context._replace(earlier=Earlier(self.context(before).rotations, both))
 
         def group(x_BTD, given):

@@ -120,7 +120,8 @@ def test_segments_of_a_decoder_are_those_of_a_causal_xlnet_with_its_mems(memory,
         "vocab": V, "embed": 16, "num_layers": 3, "block": read.cfg.block.model_dump(), "position": "none",
         "relative": "xl", "final_norm": False, "tie": True, "head_bias": True, "memory": memory,
     })  # fmt: skip
-    weights = {n: read.weights[n] for n in read.weights if n != "query" and not n.endswith((".s", ".of_segments"))}
+    left = lambda n: n == "query" or n.endswith((".s", ".of_segments"))
+    weights = {n: jnp.asarray(read.weights[n]) for n in read.weights if not left(n)}
     weights["head_bias"] = weights.pop("lm.b")
     decoder = merge(abstract(cfg)[0], stack(weights, cfg))
     ids = np.random.default_rng(1).integers(0, V, (2, 15)).astype(np.int32)

@@ -52,7 +52,7 @@ def test_the_last_layer_is_asked_by_place_as_the_paper_says(version, tmp_path):
     mlm = read.cfg.head("mlm").model_dump() | {"enhanced": 2}
     cfg = EncoderConfig.model_validate(read.cfg.model_dump() | {"heads": [mlm]})
     places = np.random.default_rng(1).normal(size=(cfg.context, cfg.embed)).astype(np.float32)
-    logical = {n: read.weights[n] for n in read.weights} | {"mlm.positions": places}
+    logical = {n: jnp.asarray(read.weights[n]) for n in read.weights} | {"mlm.positions": jnp.asarray(places)}
     ours = jax.jit(merge(abstract(cfg)[0], stack(logical, cfg)).__call__)(*rows())["mlm"]
 
     ids, real = (torch.tensor(np.asarray(x)).long() for x in (rows()[0], rows()[2]))

@@ -200,7 +200,7 @@ def test_no_gradient_goes_into_memory_but_its_projections_get_theirs(remat):
     for name, g in grads.items():
         np.testing.assert_allclose(g, same[name], atol=1e-6, err_msg=name)
     for name in ("blocks.0.attention.w_k", "blocks.0.attention.w_v", "blocks.0.norm_attention.scale"):
-        step = 1e-2 * jax.random.normal(jax.random.key(3), params[name].shape)
+        step = 3e-3 * jax.random.normal(jax.random.key(3), params[name].shape)
         up, down = (of(params | {name: params[name] + s * step}, jnp.float32(1.0), memory)[0][0] for s in (1, -1))
         np.testing.assert_allclose(jnp.vdot(grads[name], step), (up - down) / 2, rtol=2e-2, err_msg=name)
 
@@ -231,7 +231,8 @@ def test_what_cannot_see_earlier_segments_is_refused_with_its_reason():
 
 
 def test_a_training_run_does_not_pretend_to_remember():
+    from jaxllm.core.config import load
     from jaxllm.train.config import RunConfig
 
-    with pytest.raises(ValidationError, match="model.memory=8: rows of one step do not go on in the next"):
-        RunConfig.model_validate({"model": decoder(**XL).model_dump(), "data": {"path": "x"}})
+    with pytest.raises(ConfigError, match="model.memory=8: rows of one step do not go on in the next"):
+        load(RunConfig, "configs/train/quickstart.yaml", ["model.memory=8"])
