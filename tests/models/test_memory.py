@@ -231,8 +231,8 @@ def test_what_cannot_see_earlier_segments_is_refused_with_its_reason():
 
 
 def test_a_training_run_does_not_pretend_to_remember():
-    from jaxllm.core.config import load
+    from jaxllm.core.config import SHIPPED, load
     from jaxllm.train.config import RunConfig
 
     with pytest.raises(ConfigError, match="model.memory=8: rows of one step do not go on in the next"):
-        load(RunConfig, "configs/train/quickstart.yaml", ["model.memory=8"])
+        load(RunConfig, SHIPPED / "train/quickstart.yaml", ["model.memory=8"])
