@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.core.errors import CheckpointError, ConfigError
-from jaxllm.interop import decoders, encoder_decoders, encoders, mixtures, remote, safetensors
+from jaxllm.interop import decoders, encoder_decoders, encoders, mixtures, remote, safetensors, xlnet
 from jaxllm.interop.family import Family, differences, resolved
 from jaxllm.interop.names import Row
 from jaxllm.interop.weights import Kept, Weights, commonest, tensors_of
 from jaxllm.models.config import AnyModel
 
 FAMILIES: tuple[Family, ...] = (
-    *decoders.FAMILIES, *mixtures.FAMILIES, *remote.FAMILIES, *encoders.FAMILIES, *encoder_decoders.FAMILIES,
+    *decoders.FAMILIES, *mixtures.FAMILIES, *remote.FAMILIES, *encoders.FAMILIES, *xlnet.FAMILIES,
+    *encoder_decoders.FAMILIES,
 )  # fmt: skip
 BY_KIND = {kind: family for family in FAMILIES for kind in (family.kind, *family.also)}
 

@@ -440,6 +440,9 @@ class DecoderConfig(Stack):
     logit_scale: float = Field(1.0, gt=0)  # final logits are multiplied by this (MPT)
     logit_softcap: float | None = Field(None, gt=0)  # final logits -> c tanh(logits / c) (Gemma 2)
     query_layer: Block | None = None  # on top of all, with embeddings of places as queries (PanGu-alpha, 2104.12369)
+    memory: int = Field(
+        0, ge=0
+    )  # tokens before a segment that its layers see as they were (Transformer-XL, 1901.02860)
 
     @model_validator(mode="after")
     def _query_layer_fits(self):
@@ -452,6 +455,31 @@ class DecoderConfig(Stack):
             if self.query_layer.ffn.kind != "dense":
                 raise ValueError("query_layer takes ffn=dense")
         return self
+
+    @model_validator(mode="after")
+    def _memory_lasts(self):
+        if self.memory and (why := self.forgets):
+            raise ValueError(f"memory={self.memory}: {why}")
+        return self
+
+    @property
+    def forgets(self) -> str | None:
+        """Why layers cannot see the tokens of earlier segments as they were; None: they can."""
+        reasons = {
+            "position=learned has no vectors for tokens beyond the context; take relative=xl with position=none, or rope":
+                self.position.kind == "learned",
+            "position=rope_2d counts from the end of a prefix, which one segment holds; take rope":
+                any(rope.kind == "rope_2d" for rope, _ in self.ropes),
+            "position.scaling turns all keys by the length of a document, which its last segment tells; take linear or ntk":
+                any(rope.by_length for rope, _ in self.ropes),
+            "random_positions are drawn for a row, not for the text that goes on in the next; set it to null":
+                self.random_positions is not None,
+            "a layer sees tokens that follow, which were not there when an earlier segment was computed; take mask=causal":
+                not all(b.attention.mask.causal for b in self.blocks),
+            "cross attends to the input of one row; set it to null": any(b.cross is not None for b in self.blocks),
+            "query_layer has embeddings for the places of one row only; set it to null": self.query_layer is not None,
+        }  # fmt: skip
+        return next((why for why, holds in reasons.items() if holds), None)
 
     def build(self, seed: int = 0) -> "Decoder":
         """The model with freshly initialised float32 weights."""
@@ -471,10 +499,17 @@ class Mlm(Config):
     kind: Literal["mlm"] = "mlm"
     activation: Activation = "gelu"  # of the projection to the width of the embedding
     tie: bool = True  # output = embedding transposed
+    enhanced: int = Field(0, ge=0)  # times that the last layer is computed again, asked by place (DeBERTa: 2)
+
+
+class Lm(Config):
+    """Logits of the token at each place: embedding transposed, and a bias (Yang et al. 2019, arXiv:1906.08237)."""
+
+    kind: Literal["lm"] = "lm"
 
 
 class Pooled(Config):
-    """Logits of a row, of its first token's `pooler` (Devlin et al. 2018, arXiv:1810.04805, section 3.2)."""
+    """Logits of a row, of the `pooler` of one of its tokens (Devlin et al. 2018, arXiv:1810.04805, section 3.2)."""
 
     kind: Literal["classification"] = "classification"
     labels: int = Field(2, gt=0)  # classes, or 1 for a regression
@@ -512,7 +547,7 @@ class Answer(Config):
     kind: Literal["qa"] = "qa"
 
 
-Head = union(Mlm, Pooled, NextSentence, SentenceOrder, ReplacedToken, PerToken, Answer)
+Head = union(Mlm, Lm, Pooled, NextSentence, SentenceOrder, ReplacedToken, PerToken, Answer)
 OF_ROWS = ("classification", "nsp", "sop")  # heads that read the pooler
 
 
@@ -536,9 +571,9 @@ class EncoderConfig(Stack):
     tasks: int = Field(0, ge=0)  # kinds of task, each with an embedding (ERNIE 2, arXiv:1907.12412)
     repeat: int = Field(1, gt=0)  # times that each layer is computed with the same weights (ALBERT: 12)
     convolution: Convolution | None = None  # beside the first layer
-    pooler: Activation | None = (
-        None  # act(x W) of a row's first token, for heads that judge rows; null: the token itself
-    )
+    query_stream: bool = False  # tokens are predicted from their place and the others that they see (XLNet, 2.3)
+    pooled: Literal["first", "last"] = "first"  # the token of a row that stands for it; last: rows are padded before it
+    pooler: Activation | None = None  # act(x W) of that token, for heads that judge rows; null: the token itself
     heads: tuple[Head, ...] = ()  # what is predicted, each kind at most once
 
     @model_validator(mode="before")
@@ -553,6 +588,21 @@ class EncoderConfig(Stack):
             raise ValueError("convolution stands beside the first of layers that are alike; take pattern away")
         if any(b.cross is not None for b in self.blocks):
             raise ValueError("cross is for decoders")
+        if self.query_stream and self.convolution is not None:
+            raise ValueError("query_stream with convolution: a place would see the token that it predicts")
+        if self.query_stream and any(rope.by_length for rope, _ in self.ropes):
+            raise ValueError("query_stream with position.scaling by the length of a document: take another scaling")
+        if self.head("lm") and self.table not in (None, self.embed):
+            raise ValueError(
+                f"heads: lm scores by the embedding, of table={self.table} for embed={self.embed}; take mlm"
+            )
+        if self.enhanced and (self.query_stream or self.repeat > 1 or self.mixtures):
+            raise ValueError(
+                f"heads: mlm.enhanced={self.enhanced} computes one dense last layer again; take query_stream, repeat and "
+                "ffn=moe away"
+            )
+        if self.enhanced and not self.num_groups:
+            raise ValueError(f"heads: mlm.enhanced={self.enhanced} needs layers before the last; raise num_layers")
         kinds = [head.kind for head in self.heads]
         if twice := [k for k in kinds if kinds.count(k) > 1]:
             raise ValueError(f"heads has {twice[0]} twice; each kind once")
@@ -561,6 +611,16 @@ class EncoderConfig(Stack):
     def head(self, kind: str) -> Any:
         """The head of that kind, or None."""
         return next((head for head in self.heads if head.kind == kind), None)
+
+    @property
+    def enhanced(self) -> int:
+        """Times that the last layer is computed again for the MLM head."""
+        return getattr(self.head("mlm"), "enhanced", 0)
+
+    @property
+    def num_groups(self) -> int:
+        """As of any stack; the last layer stands apart if it is computed again."""
+        return (self.num_layers - bool(self.enhanced)) // len(self.blocks)
 
     def build(self, seed: int = 0) -> "Encoder":
         """The model with freshly initialised float32 weights."""

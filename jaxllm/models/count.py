@@ -29,7 +29,7 @@ def parameters(cfg: AnyModel) -> int:
 
 def non_embedding(cfg: AnyModel) -> int:
     """Parameters without token and position tables and without the head (Kaplan et al. 2020, arXiv:2001.08361)."""
-    tables = ("embedding", "positions", "query_positions", "head", "head_bias", "segments", "tasks", "mlm")
+    tables = ("embedding", "positions", "query_positions", "head", "head_bias", "segments", "tasks", "mlm", "lm")
     return sum(n for name, n in parts(cfg).items() if name.rpartition(".")[2] not in tables)
 
 
@@ -78,6 +78,8 @@ def _encoder(cfg: EncoderConfig) -> dict[str, int]:
     D, E = cfg.embed, cfg.table_width
     count = {"embedding": vocabulary(cfg) * E} | _positions(cfg, E)
     count |= {name: n * E for name, n in (("segments", cfg.segments), ("tasks", cfg.tasks)) if n}
+    if cfg.query_stream:
+        count["query"] = E
     if cfg.embedding_norm:
         count["embedding_norm"] = _norm(cfg.embedding_norm, E)
     if cfg.table:
@@ -94,7 +96,9 @@ def _head(cfg: EncoderConfig, head: Head) -> int:
     D, E, V = cfg.embed, cfg.table_width, vocabulary(cfg)
     match head.kind:
         case "mlm":
-            return (D + 3) * E + V + (0 if head.tie else E * V)
+            return (D + 3) * E + V + (0 if head.tie else E * V) + bool(head.enhanced) * cfg.context * D
+        case "lm":
+            return V
         case "rtd":
             return (D + 1) * D + D + 1
     return (D + 1) * getattr(head, "labels", 2)
@@ -134,8 +138,8 @@ def _relative(cfg: Stack) -> tuple[int, int]:
         case "shaw":
             whole = (1 + r.values) * (2 * r.clip + 1) * H
         case "xl":
-            biases = 2 * N * H
-            return (biases, D * N * H) if r.shared_biases else (0, D * N * H + biases)
+            biases, own = 2 * N * H, (D + 3 * r.segments) * N * H
+            return (biases, own) if r.shared_biases else (0, own + biases)
         case "disentangled":
             keys, queries = ((D + b) * N * H for b in (a.key_bias, True))
             own = r.content_to_position * keys + r.position_to_content * queries if r.own_projections else 0

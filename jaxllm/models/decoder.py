@@ -21,7 +21,7 @@ from jaxllm.models.layers.norm import Norm
 from jaxllm.models.layers.param import constant, param
 from jaxllm.models.layout import Places
 from jaxllm.models.remat import Remat
-from jaxllm.models.stack import Stack, make, row_tokens
+from jaxllm.models.stack import Past, Stack, make, newest, row_tokens
 
 
 class Cache(NamedTuple):
@@ -144,6 +144,49 @@ class Decoder(Stack):
         x_BTD = self.embed(tokens_BT, positions_BT, key, table_VD)
         x_BTD, _ = self.layers(x_BTD, tokens, key, memory=memory, watch=watch)
         return self.top(self.final(x_BTD), tokens, key)[0]
+
+    def begin(self, batch: int, memory: int | None = None) -> Past:
+        """What is remembered of `batch` rows before their first segments: nothing.
+
+        Args:
+          memory: tokens that will be remembered; None: as many as the config says (evaluation may take more).
+
+        Raises:
+          ConfigError: none, or the model has a part that cannot see earlier segments.
+        """
+        cfg, M = self.cfg, self.cfg.memory if memory is None else memory
+        if why := cfg.forgets or (M < 1 and "there is nothing to remember; take 1 or more"):
+            raise ConfigError(f"memory={M}: {why}")
+        none_BMD = jnp.zeros((batch, M, cfg.embed), self.embedding[...].dtype)
+        stacked = jnp.broadcast_to(none_BMD, (cfg.num_groups, *none_BMD.shape))
+        none_BM = jnp.zeros((batch, M), jnp.int32)
+        return Past((stacked,) * len(self.blocks), (none_BMD,) * len(self.tail), none_BM, none_BM)
+
+    def segment(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        documents_BT: Int[Array, "B T"],
+        past: Past,
+        *,
+        key: Key[Array, ""] | None = None,
+        watch: Watch | None = None,
+    ) -> tuple[Float[Array, "B T V"], Past]:
+        """Logits of a segment of text whose earlier tokens are remembered, and what is remembered with it.
+
+        Layer n attends to [stop_gradient(m), h], m its inputs for the M tokens before: gradients reach the projections
+        of what is remembered, not what it was computed of (Dai et al. 2019, arXiv:1901.02860, section 3.2).
+
+        Args:
+          positions_BT, documents_BT: as `__call__` has them. A document that goes on from the segment before has the
+            same id and counts on, and no padding lies between.
+          past: from `begin`, or from the segment before.
+        """
+        x_BTD = self.embed(tokens_BT, positions_BT, key)
+        tokens = row_tokens(positions_BT, documents_BT)
+        x_BTD, (blocks, tail) = self.layers(x_BTD, tokens, key, watch=watch, past=past)
+        told = newest(past.position_BM, positions_BT), newest(past.document_BM, documents_BT)
+        return self.logits(self.final(x_BTD)), Past(blocks, tail, *told)
 
     def top(
         self, x_BTD: Float[Array, "B T D"], tokens: Tokens, key: Key[Array, ""] | None = None

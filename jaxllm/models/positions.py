@@ -240,10 +240,15 @@ class Shaw(Config):
 
 
 class XL(Config):
-    """(q + v) W r(i - j) + u k, r a sinusoid (Dai et al. 2019, arXiv:1901.02860, section 3.3; Gopher, 2112.11446)."""
+    """(q + v) W r(i - j) + u k, r a sinusoid (Dai et al. 2019, arXiv:1901.02860, section 3.3; Gopher, 2112.11446).
+
+    With `segments` also (q + s) e, e one of two vectors a head: of tokens of one segment, and of two (Yang et al. 2019,
+    arXiv:1906.08237, section 2.5).
+    """
 
     kind: Literal["xl"] = "xl"
     shared_biases: bool = False  # u and v are the same in all layers
+    segments: bool = False  # whether two tokens are of one segment is told, too (XLNet)
 
 
 class Disentangled(Config):

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxllm.models.config import Block as BlockConfig
 from jaxllm.models.config import Stack as StackConfig
 from jaxllm.models.layers import relative
 from jaxllm.models.layers.attention import KV, Tokens
-from jaxllm.models.layers.block import Block, Layer, Memory, Watch, drop
+from jaxllm.models.layers.block import Block, Earlier, Layer, Memory, Watch, drop
 from jaxllm.models.layers.init import Weight, std
 from jaxllm.models.layers.linear import lookup
 from jaxllm.models.layers.moe import Routing
@@ -23,6 +24,26 @@ from jaxllm.models.layers.position import Rotation, document_lengths, rotation, 
 from jaxllm.models.layout import Places
 from jaxllm.models.positions import RoPE, RoPE2D
 from jaxllm.models.remat import Remat, remat
+
+
+class Past(NamedTuple):
+    """What layers remember of the text before a segment: their inputs, without a gradient.
+
+    One entry a pattern slot [G, B, M, D], one a tail layer [B, M, D], of the M tokens that stand before.
+    """
+
+    blocks: tuple[Float[Array, "G B M D"], ...]
+    tail: tuple[Float[Array, "B M D"], ...]
+    position_BM: Int[Array, "B M"]  # place of each in its document
+    document_BM: Int[Array, "B M"]  # 0 where there is no token yet
+
+    def tokens(self) -> Tokens:
+        index_1M = jnp.arange(-self.position_BM.shape[1], 0)[None]
+        return Tokens(index_1M, self.position_BM, self.document_BM, jnp.zeros((1, 1), bool))
+
+
+# (place in the group, keys and values of its input) -> all keys and values that a layer attends to, and their tokens
+See = Callable[[int, KV], tuple[KV, Tokens]]
 
 
 class Stack(nnx.Module):
@@ -88,7 +109,8 @@ class Stack(nnx.Module):
 
     def check_length(self, length: int) -> None:
         """Raises ConfigError where a row has more tokens than there are learned positions."""
-        learned = self.cfg.position.kind == "learned" or getattr(self.cfg, "query_layer", None)
+        cfg = self.cfg
+        learned = cfg.position.kind == "learned" or getattr(cfg, "query_layer", None) or getattr(cfg, "enhanced", 0)
         if learned and length > self.cfg.context:
             raise ConfigError(
                 f"rows of {length} tokens for a model of {self.cfg.context} learned positions (model.context)"
@@ -123,28 +145,41 @@ class Stack(nnx.Module):
         keep: bool = False,
         memory: Memory | None = None,
         watch: Watch | None = None,
+        see: See | None = None,
+        past: Past | None = None,
+        last: bool = True,
     ):
         """The residual stream after all layers; with `keep` also each layer's keys and values, as `Cache` has them.
 
         Args:
+          see: as `group` takes it.
+          past: the text before; then what layers remember of it and of these tokens comes back in place of keys.
+          last: also computes the last layer, if that stands in the tail.
           watch: is told once what the routers of all mixtures did, if there are any: `Routing` of arrays, one element
             a mixture.
         """
         cfg, P = self.cfg, len(self.cfg.blocks)
         context = self.context(tokens, memory)
+        if past is not None:
+            before = past.tokens()
+            index, position, document = (jnp.concatenate(pair, 1) for pair in zip(before[:3], tokens[:3], strict=True))
+            both = Tokens(index, position, document, before.prefix)
+            context = context._replace(earlier=Earlier(self.context(before).rotations, both))
 
-        def group(x_BTD, group_blocks):
-            (first, blocks), seen = group_blocks, []
+        def group(x_BTD, given):
+            (first, blocks, old), seen = given, []
             told = {"keep": keep, "scanned": self.scan and cfg.num_groups > 1, "watch": watch and seen.append}
-            x_BTD, kvs = self.group(blocks, x_BTD, context, first, key, **told)
+            x_BTD, kvs = self.group(blocks, x_BTD, context, first, key, see, past=old, **told)
             return x_BTD, (kvs, seen)
 
-        kvs, seen, late, last = (), [], [], jnp.int32(P * cfg.num_groups if self.blocks else 0)
+        kvs, seen, late, rest = (), [], [], jnp.int32(P * cfg.num_groups if self.blocks else 0)
         if self.blocks:
             firsts, unroll = P * jnp.arange(cfg.num_groups), 1 if self.scan else cfg.num_groups
-            x_BTD, (kvs, seen) = jax.lax.scan(group, x_BTD, (firsts, tuple(self.blocks)), unroll=unroll)
-        told = {"keep": keep, "scanned": False, "watch": watch and late.append}
-        x_BTD, tail = self.group(tuple(self.tail), x_BTD, context, last, key, **told)
+            given = firsts, tuple(self.blocks), past and past.blocks
+            x_BTD, (kvs, seen) = jax.lax.scan(group, x_BTD, given, unroll=unroll)
+        told = {"keep": keep, "scanned": False, "watch": watch and late.append, "past": past and past.tail}
+        tail = tuple(self.tail) if last else tuple(self.tail)[:-1]
+        x_BTD, tail = self.group(tail, x_BTD, context, rest, key, see, **told)
         if seen or late:
             late = [jax.tree.map(lambda x: x[None], routing) for routing in late]
             watch(jax.tree.map(lambda *xs: jnp.concatenate(xs), *seen, *late))
@@ -157,18 +192,20 @@ class Stack(nnx.Module):
         context: Layer,
         first: Int[Array, ""],
         key: Key[Array, ""] | None = None,
-        see: Callable[[int, KV], tuple[KV, Tokens]] | None = None,
+        see: See | None = None,
         *,
         keep: bool = False,
         scanned: bool = True,
         watch: Watch | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple[KV | None, ...]]:
+        past: tuple[Float[Array, "B M D"], ...] | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[KV | Array | None, ...]]:
         """The residual stream after these layers, numbered from `first`; with `keep` their keys and values.
 
         Args:
-          see: (place in the group, keys and values) -> all those to attend to; None: only its own.
+          see: what each layer attends to; None: its own keys and values.
           scanned: runs in a loop, which hides from XLA that the backward pass computes something again.
           watch: is told what the router of each mixture did.
+          past: inputs of the layers for the tokens before; then they come back with those of these tokens.
         """
 
         def run(block: Block, x_BTD: Array, s: int) -> tuple[Array, KV | None, list[Routing]]:
@@ -176,6 +213,9 @@ class Stack(nnx.Module):
 
             def remember(new: KV) -> tuple[KV, Tokens]:
                 kept.append(new)
+                if past is not None:
+                    old = block.keys_values(past[s], context.earlier.rotations)
+                    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), old, new), context.earlier.tokens
                 return (new, context.tokens) if see is None else see(s, new)
 
             layer_key = None if key is None else jax.random.fold_in(key, first + s)
@@ -184,8 +224,9 @@ class Stack(nnx.Module):
 
         kvs = []
         for s, block in enumerate(blocks):
+            before_BTD = x_BTD
             x_BTD, kv, seen = remat(functools.partial(run, s=s), self.remat, scanned=scanned)(block, x_BTD)
-            kvs.append(kv)
+            kvs.append(kv if past is None else newest(past[s], before_BTD))
             for routing in seen:
                 watch(routing)
         return x_BTD, tuple(kvs)
@@ -208,6 +249,13 @@ class Stack(nnx.Module):
 
         rotations = tuple(turns(*rope) for rope in cfg.ropes)
         return Layer(tokens, rotations, lengths, self.relative, memory)
+
+
+def newest(old: Array, new: Array) -> Array:
+    """The last M of [B, M, ...] and [B, T, ...], without a gradient."""
+    M, T = old.shape[1], new.shape[1]
+    both = new[:, T - M :] if T >= M else jnp.concatenate([old[:, T:], new], 1)
+    return jax.lax.stop_gradient(both)
 
 
 def make(cfg: StackConfig, block: BlockConfig, key: Key[Array, ""]) -> Block:

@@ -327,6 +327,11 @@ class RunConfig(Config):
                 f"model.dropout.attention={dropout} with {shared}: no device has a whole row of attention "
                 "probabilities to draw from; set model.dropout.attention to 0, or have no two devices share a row"
             )
+        if self.model.memory:
+            found.append(
+                f"model.memory={self.model.memory}: rows of one step do not go on in the next, so nothing would be "
+                "remembered; set it to 0, or train by Decoder.segment"
+            )
         if isinstance(self.context, Ulysses) and self.sharing_rows:
             found += self._not_exchanged()
         if self.outer is not None and self.compression is not None:

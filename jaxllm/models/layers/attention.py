@@ -35,6 +35,8 @@ class Tokens(NamedTuple):
     document: Int[Array, "#B T"]  # 0 is padding
     prefix: Bool[Array, "#B T"]  # belongs to a bidirectional prefix
     two: tuple[Int[Array, "#B T"], Int[Array, "#B T"]] | None = None  # places in the prompt and after it (`rope_2d`)
+    segment: Int[Array, "#B T"] | None = None  # part of the text, where distance is told of parts, too
+    seen: Bool[Array, "B T S"] | None = None  # of queries: the keys that each may see, itself or not; None: all
 
     def queries(self) -> Coords:
         return Coords(self.index[:, :, None], self.document[:, :, None], self.prefix[:, :, None])
@@ -148,12 +150,14 @@ class Attention(nnx.Module):
             grown_BT11 = (jnp.log(nth_BT) / math.log(self.cfg.log_scale))[..., None, None]
             q_BTNH = (q_BTNH * grown_BT11).astype(q_BTNH.dtype)
         by_distance = self.relative or whole
-        if by_distance is None:
-            o_BTNH = self.mixing.over_mesh(q_BTNH, kv, q, k, dropout, key)
-        else:
+        if by_distance is not None:
             bias_BNTS = by_distance(self, q_BTNH, kv.k_BSKH, q, k, whole)
             values_BTSH = by_distance.values(q, k)
             o_BTNH = self.mixing.biased(q_BTNH, kv, q, k, bias_BNTS, values_BTSH, dropout, key)
+        elif q.seen is not None:
+            o_BTNH = self.mixing.biased(q_BTNH, kv, q, k, None, None, dropout, key)
+        else:
+            o_BTNH = self.mixing.over_mesh(q_BTNH, kv, q, k, dropout, key)
         o_BTNH = constrain(o_BTNH, *ROWS, "heads", "head_dim")
         if hasattr(self, "inner_norm"):
             o_BTNH = self.inner_norm(o_BTNH)
@@ -222,16 +226,19 @@ class Mixing:
         )  # fmt: skip
 
     def biased(
-        self, q_BTNH: Array, kv: KV, q: Tokens, k: Tokens, bias_BNTS: Float[Array, "#B N T S"],
+        self, q_BTNH: Array, kv: KV, q: Tokens, k: Tokens, bias_BNTS: Float[Array, "#B N T S"] | None,
         values_BTSH: Float[Array, "#B T S H"] | None, dropout: float = 0.0, key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T N H"]:  # fmt: skip
         """`whole` with what distance adds to the logits and, for each pair, to the value."""
         if self.alibi:
-            bias_BNTS = bias_BNTS + self.bias(q, k, self.slopes())
+            bias_BNTS = self.bias(q, k, self.slopes()) + (0 if bias_BNTS is None else bias_BNTS)
+        visible_BTS = self.visible(q, k)
         o_BTNH = attend(
-            q_BTNH, kv.k_BSKH, kv.v_BSKH, self.visible(q, k), scale=self.scale, bias=bias_BNTS,
-            softcap=self.cfg.softcap, dropout=dropout, key=key, values_BTSH=values_BTSH,
+            q_BTNH, kv.k_BSKH, kv.v_BSKH, visible_BTS, scale=self.scale, bias=bias_BNTS, softcap=self.cfg.softcap,
+            dropout=dropout, key=key, values_BTSH=values_BTSH,
         )  # fmt: skip
+        if q.seen is not None:  # what sees nothing gathers nothing, where its softmax is the mean of all
+            o_BTNH = jnp.where(visible_BTS.any(-1)[..., None, None], o_BTNH, 0)
         return checkpoint_name(o_BTNH, "attention")
 
     def partial(
@@ -279,11 +286,16 @@ class Mixing:
         )
 
     def visible(self, q: Tokens, k: Tokens) -> Bool[Array, "B T S"]:
-        """Who sees whom: the mask, within the window, within the document; and every token sees itself."""
+        """Who sees whom: the mask, within the window, within the document; and every token sees itself.
+
+        Where queries say which keys they may see, a token sees itself only if it is one of those.
+        """
         queries, keys = q.queries(), k.keys()
         seen = self.cfg.mask.visible(queries, keys) & (queries.document == keys.document)
         if self.cfg.window:
             seen = seen & (queries.index - keys.index < self.cfg.window)
+        if q.seen is not None:
+            return seen & q.seen
         # A softmax over nothing would be an average over everything, other documents included.
         return seen | (queries.index == keys.index)
 

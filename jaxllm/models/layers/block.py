@@ -27,6 +27,13 @@ class Memory(NamedTuple):
     tokens: Tokens  # their index is below 0: none is any query's own
 
 
+class Earlier(NamedTuple):
+    """What every layer is told of the tokens before a segment, whose inputs it remembers."""
+
+    rotations: tuple[Rotation, ...]
+    tokens: Tokens  # they, and then the segment's
+
+
 class Layer(NamedTuple):
     """What every layer of a forward pass is told besides its input."""
 
@@ -36,6 +43,7 @@ class Layer(NamedTuple):
     relative: Relative | None = None  # what distance adds to logits, as far as all layers share it
     memory: Memory | None = None  # for layers that attend to an encoder's output, too
     queries_BTD: Float[Array, "B T D"] | None = None  # what queries are projections of; None: of the layer's input
+    earlier: Earlier | None = None  # of a segment of a longer text
 
 
 # What attention reads and writes: (projected keys and values) -> (all keys and values to look at, where they stand).
@@ -142,6 +150,11 @@ class Block(nnx.Module):
                 x_BTD = between(self.norm_attention(alpha * x_BTD + attention(x_BTD)))
                 x_BTD = self.norm_ffn(alpha * x_BTD + ffn(x_BTD))
         return constrain(x_BTD, "batch", "norm_seq", "embed")
+
+    def keys_values(self, x_BSD: Float[Array, "B S D"], rotations: tuple[Rotation, ...]) -> KV:
+        """Keys and values of inputs of the layer, of other tokens than those it computes."""
+        after = self.placement.kind in ("post", "deepnorm", "res_post")
+        return self.attention.keys_values(x_BSD if after else self.norm_attention(x_BSD), rotations)
 
 
 def drop(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:

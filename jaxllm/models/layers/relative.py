@@ -186,6 +186,9 @@ class XL(Module):
         if not self.cfg.shared_biases:
             self.u = constant(0.0, heads=num_heads, head_dim=head_dim)
             self.v = constant(0.0, heads=num_heads, head_dim=head_dim)
+        if self.cfg.segments:
+            self.s = constant(0.0, heads=num_heads, head_dim=head_dim)
+            self.of_segments = param(rngs, scale, small=2, heads=num_heads, head_dim=head_dim)
 
     def __call__(self, attention, q_BTNH, k_BSKH, q, k, whole) -> Bias:
         biases = whole if self.cfg.shared_biases else self
@@ -198,7 +201,12 @@ class XL(Module):
         u_KGH = biases.u[...].reshape(k_BSKH.shape[2], repeats, -1)
         told_BKGS = jnp.einsum("KGH,BSKH->BKGS", u_KGH, k_BSKH, preferred_element_type=jnp.float32)
         told_BN1S = told_BKGS.reshape(told_BKGS.shape[0], -1, 1, told_BKGS.shape[-1])
-        return attention.scale * (picked(placed_BNTR, self.distance(q, k) + most - 1) + told_BN1S)
+        bias_BNTS = picked(placed_BNTR, self.distance(q, k) + most - 1) + told_BN1S
+        if self.cfg.segments and q.segment is not None:
+            apart_BTS = (q.segment[:, :, None] != k.segment[:, None, :]).astype(jnp.int32)
+            bias_BNTS += picked(jnp.einsum("BTNH,RNH->BNTR", q_BTNH + self.s[...], self.of_segments[...],
+                                           preferred_element_type=jnp.float32), apart_BTS)  # fmt: skip
+        return attention.scale * bias_BNTS
 
 
 class DisentangledShared(Module):
