@@ -126,6 +126,10 @@ class Tokenizer:
                 return known[token]
         return self._model_id(token)
 
+    def suffix(self) -> tuple[int, ...]:
+        """Ids that the model file puts after every text, such as [SEP]."""
+        return ()
+
     def extend(self, tokens: Sequence[str]) -> "Tokenizer":
         """This tokenizer with `tokens` at the end of the vocabulary; every old id stays.
 

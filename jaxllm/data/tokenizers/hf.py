@@ -65,9 +65,16 @@ class HuggingFace(Tokenizer):
 
     def prefix(self) -> tuple[int, ...]:
         """Ids that the file puts before every text, such as BOS."""
-        text = "a"
-        plain, whole = (self._model.encode(text, add_special_tokens=special).ids for special in (False, True))
-        return tuple(whole[: next((i for i in range(len(whole)) if whole[i:][: len(plain)] == plain), 0)])
+        return self._around[0]
+
+    def suffix(self) -> tuple[int, ...]:
+        return self._around[1]
+
+    @functools.cached_property
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        plain, whole = (self._model.encode("a", add_special_tokens=special).ids for special in (False, True))
+        at = next((i for i in range(len(whole)) if whole[i:][: len(plain)] == plain), None)
+        return ((), ()) if at is None else (tuple(whole[:at]), tuple(whole[at + len(plain) :]))
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
