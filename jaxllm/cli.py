@@ -50,7 +50,8 @@ def _config_verb(verb: str, argv: list[str]) -> None:
 
 
 def _generate(verb: str, argv: list[str]) -> None:
-    _speak(verb, argv, {"prompt": "prompt=[TEXT]; more than once for a batch"}, {})
+    start = "start_token=T: what an encoder-decoder's outputs begin with, such as mBART's token of a language"
+    _speak(verb, argv, {"prompt": "prompt=[TEXT]; more than once for a batch"}, {"start_token": start})
 
 
 def _chat(verb: str, argv: list[str]) -> None:
@@ -67,7 +68,7 @@ def _speak(verb: str, argv: list[str], texts: dict[str, str], names: dict[str, s
     for name, doc in texts.items():
         parser.add_argument(f"--{name}", action="append", metavar="TEXT", help=doc)
     for name, doc in names.items():
-        parser.add_argument(f"--{name}", metavar=name[0].upper(), help=doc)
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="T", help=doc)
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="max_new_tokens=N")
     parser.add_argument(
         "--temperature", type=float, metavar="T", help="sampling.temperature=T; 0: sampling.kind=greedy"

@@ -14,6 +14,7 @@ from jaxllm.core.errors import CheckpointError
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers.beside import read_object
 from jaxllm.data.tokenizers.files import read_folder
+from jaxllm.inference.output import Output
 from jaxllm.interop import folder as hugging_face
 from jaxllm.interop import gguf, llamacpp, vocabulary
 from jaxllm.interop.family import differences, resolved
@@ -34,11 +35,13 @@ class Texts(NamedTuple):
     start: tuple[int, ...]  # ids that every text begins with
     ends: tuple[int, ...] = ()  # ids that end a completion, besides the tokenizer's own
     chat_templates: Mapping[str, str] = {}  # jinja2, by name; `default` is the model's own
+    output: Output = Output()  # how all that is said begins and ends
 
     def save(self, folder: Path) -> None:
         """Writes the tokenizer and what belongs to it, for `texts_of_checkpoint` to read."""
         self.tokenizer.save(folder)
         said = {"start": self.start, "ends": self.ends, "chat_templates": dict(self.chat_templates)}
+        said |= {"output": self.output._asdict()} if self.output != Output() else {}
         (folder / TEXTS).write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
 
 
@@ -50,6 +53,7 @@ class Pretrained(NamedTuple):
     start: tuple[int, ...]
     ends: tuple[int, ...] = ()
     chat_templates: Mapping[str, str] = {}
+    output: Output = Output()
     source: Path | None = None
 
     @property
@@ -83,10 +87,12 @@ def texts_of_checkpoint(folder: Path) -> Texts:
     """What a checkpoint says of texts: as `Texts.save` wrote it, or as its run began documents and its source ends them."""
     tokenizer = tokenizers.load(folder / "tokenizer")
     if said := read_object(folder / "tokenizer" / TEXTS):
-        return Texts(tokenizer, *(tuple(said[key]) for key in ("start", "ends")), said["chat_templates"])
+        output = {key: tuple(x) if key == "never" else x for key, x in said.get("output", {}).items()}
+        ids = (tuple(said[key]) for key in ("start", "ends"))
+        return Texts(tokenizer, *ids, said["chat_templates"], Output(**output))
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     source = _files(folder / SOURCE, ".json", ".jinja")
-    return Texts(tokenizer, () if first is None else (first,), end_ids(source), chat_templates(source))
+    return Texts(tokenizer, () if first is None else (first,), end_ids(source), chat_templates(source), output(source))
 
 
 def initial(path: Path, wanted: DecoderConfig) -> Initial:
@@ -146,14 +152,31 @@ def texts_of_folder(folder: Path) -> Texts:
     """What the files of a folder as Hugging Face has them say of texts. Raises DataError: no tokenizer in it."""
     more = _files(folder / "additional_chat_templates", ".jinja")
     files = _files(folder, ".json", ".jinja") | {f"additional_chat_templates/{name}": x for name, x in more.items()}
-    return Texts(*read_folder(folder), end_ids(files), chat_templates(files))
+    return Texts(*read_folder(folder), end_ids(files), chat_templates(files), output(files))
 
 
 def end_ids(files: Mapping[str, bytes]) -> tuple[int, ...]:
     """Ids that end what a model says, by the files of its folder: generation_config.json, or else config.json."""
-    said = _json(files.get("config.json")) | _json(files.get("generation_config.json"))
-    ends = said.get("eos_token_id")
-    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+    return _ids(_generation(files).get("eos_token_id"))
+
+
+def output(files: Mapping[str, bytes]) -> Output:
+    """What is settled of outputs, by generation_config.json, or else config.json."""
+    said = _generation(files)
+    keys = {"start": "decoder_start_token_id", "first": "forced_bos_token_id", "last": "forced_eos_token_id"}
+    found = {role: min(ids) for role, key in keys.items() if (ids := _ids(said.get(key)))}
+    words = said.get("bad_words_ids") or []  # those of several tokens are texts, not ids
+    never = [word[0] for word in words if isinstance(word, list) and len(word) == 1]
+    return Output(**found, never=_ids([*never, *_ids(said.get("suppress_tokens"))]))
+
+
+def _generation(files: Mapping[str, bytes]) -> dict[str, Any]:
+    return _json(files.get("config.json")) | _json(files.get("generation_config.json"))
+
+
+def _ids(said: Any) -> tuple[int, ...]:
+    """One id, several or none."""
+    return tuple(i for i in (said if isinstance(said, list) else [said]) if type(i) is int and i >= 0)
 
 
 def chat_templates(files: Mapping[str, bytes]) -> dict[str, str]:

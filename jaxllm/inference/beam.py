@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxllm.core.shapes import Array, Bool, Float, Int
 from jaxllm.inference.config import Beam
+from jaxllm.inference.output import NEVER, allowed, prefill
 from jaxllm.models.module import Params, merge
 
 
@@ -34,9 +35,12 @@ def beam_search(
     tokens_BT: Int[Array, "B T"],
     pad_B: Int[Array, " B"],
     prefix_B: Int[Array, " B"],
-    known: Int[Array, ""],
+    may_V: Bool[Array, " V"],
     eos: Int[Array, ""],
     max_new_tokens: Int[Array, ""],
+    start: Int[Array, ""],
+    first: Int[Array, ""],
+    last: Int[Array, ""],
 ) -> tuple[Int[Array, "S B"], Float[Array, "S B"]]:
     """Tokens of the best sequence of each left-padded row, end token included, and their log-probabilities.
 
@@ -47,10 +51,12 @@ def beam_search(
 
     Args:
       size: S, at least `max_new_tokens`; what stands after the end of a sequence means nothing.
-      known: ids from here on are not chosen.
+      may_V: which tokens are chosen at all.
+      start: what an encoder-decoder's outputs begin with.
+      first, last: what the first token is, and the one at `max_new_tokens`, at no cost; `NEVER`: what is chosen.
     """
     model, W, B = merge(graphdef, params), cfg.width, len(tokens_BT)
-    logits_BV, cache = model.prefill(tokens_BT, pad_B, capacity=capacity, prefix_len_B=prefix_B)
+    logits_BV, cache = prefill(model, tokens_BT, pad_B, capacity, prefix_B, start)
     V = logits_BV.shape[-1]
     empty = jnp.zeros((B, W, size), jnp.int32), jnp.zeros((B, W, size))
     # All beams of a row are alike before the first token: only the first has continuations that count.
@@ -61,9 +67,11 @@ def beam_search(
         beams: Hypotheses, best: Hypotheses, logits_RV: Array, now: Array
     ) -> tuple[Hypotheses, Hypotheses, Array]:
         """The beams one token later, the best finished sequences, and which beam each beam goes on from."""
+        forced = jnp.where(now + 1 == max_new_tokens, last, jnp.where(now == 0, first, NEVER))
         logprobs_RV = jax.nn.log_softmax(logits_RV)
-        logprobs_BWV = jnp.where(jnp.arange(V) < known, logprobs_RV, -jnp.inf).reshape(B, W, V)
-        total_BWV = beams.score_BW[:, :, None] + logprobs_BWV
+        logprobs_BWV = logprobs_RV.reshape(B, W, V)
+        cost_BWV = jnp.where(forced == NEVER, logprobs_BWV, 0)
+        total_BWV = beams.score_BW[:, :, None] + jnp.where(allowed(may_V, forced), cost_BWV, -jnp.inf)
         # 2 W of them: should the W best all end, there are still W to go on with.
         total_BX, at_BX = jax.lax.top_k(total_BWV.reshape(B, W * V), 2 * W)
         from_BX, token_BX = at_BX // V, at_BX % V

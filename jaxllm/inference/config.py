@@ -66,6 +66,8 @@ class GenerateConfig(Config):
     sampling: Sampling = Sample(temperature=0.8, top_p=0.95)  # how tokens are chosen
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # texts that end a completion and are not part of it
     stop_tokens: tuple[str, ...] = ()  # tokens that end a completion as the end-of-document token does: <|eot_id|>
+    start_token: str | None = None  # what an encoder-decoder's outputs begin with (mBART: en_XX); null: as files say
+    first_token: str | None = None  # what is said first in any case (mBART-50: en_XX); null: as files say
     precision: Precision | None = None  # of weights and compute; null: as in training
     seed: int = Field(0, ge=0)  # of the draws
     stream: bool = True  # print tokens as they come (one prompt)

@@ -17,13 +17,13 @@ from jaxllm.core.errors import CheckpointError, ConfigError
 from jaxllm.core.shapes import Array, Bool, Float, Int, Key
 from jaxllm.inference.beam import beam_search
 from jaxllm.inference.config import Beam, Greedy, Sample
+from jaxllm.inference.output import NEVER, Output, allowed, prefill
 from jaxllm.inference.sampling import row_keys, sample
 from jaxllm.models.config import AnyModel
 from jaxllm.models.decoder import Cache
 from jaxllm.models.module import Model, Params, for_decoding, merge, split
 
 STEPS = 16  # tokens a row between two looks at them, when nobody watches
-NEVER = -1  # an end token that no model says
 
 Finish = Literal["eos", "stop", "length"]
 
@@ -61,6 +61,8 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def suffix(self) -> tuple[int, ...]: ...
+
     def token_id(self, token: str) -> int | None: ...
 
 
@@ -73,13 +75,14 @@ def complete(
     max_new_tokens: int,
     start: Sequence[int] = (),
     ends: Sequence[int] = (),
+    output: Output = Output(),
     sampling: Greedy | Sample | Beam = Greedy(),
     seed: int = 0,
     stop: Sequence[str] = (),
     stop_tokens: Sequence[str] = (),
     show: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
-    """`generate` for texts.
+    """`generate` for texts. What an encoder reads ends as the tokenizer ends texts, too.
 
     Args:
       start: ids that each begins with, such as BOS.
@@ -88,10 +91,11 @@ def complete(
     named = [tokenizer.token_id(token) for token in stop_tokens]
     if None in named:
         raise ConfigError(f"stop_tokens: the tokenizer has no token {stop_tokens[named.index(None)]!r}")
-    prompts = [[*start, *tokenizer.encode(text)] for text in texts]
+    suffix = tokenizer.suffix() if model.cfg.kind == "encoder_decoder" else ()
+    prompts = [[*start, *tokenizer.encode(text), *suffix] for text in texts]
     return generate(
         model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_id=tokenizer.eos_id,
-        end_ids=[*named, *ends],
+        end_ids=[*named, *ends], output=output,
         vocab_size=tokenizer.vocab_size, seed=seed, stream=stream, stop=stop, show=show,
     )  # fmt: skip
 
@@ -104,6 +108,7 @@ def generate(
     sampling: Greedy | Sample | Beam = Greedy(),
     eos_id: int | None = None,
     end_ids: Sequence[int] = (),
+    output: Output = Output(),
     vocab_size: int | None = None,
     prefix_lens: Sequence[int] | None = None,
     seed: int = 0,
@@ -118,7 +123,9 @@ def generate(
       end_ids: further tokens that end a completion as `eos_id` does.
       vocab_size: only ids below it are chosen: the tokenizer's, where the model's table has rows to spare.
       prefix_lens: length of each prompt's bidirectional prefix, for masks with `prefix`; None: 0.
-      stream: makes the decoder of a completion's tokens, given the prompt; without it completions have no text.
+      output: what is settled of all completions.
+      stream: makes the decoder of a completion's tokens, given the tokens that the text goes on from: the prompt's, or
+        none where a prompt is read by an encoder; without it completions have no text.
       stop: texts that end a completion; the first to be complete counts, wherever tokens begin and end.
       show: called with (row, piece of text) as text becomes certain, token by token.
 
@@ -127,15 +134,22 @@ def generate(
       CheckpointError: weights that give NaN.
     """
     assert stream or not (stop or show), "text needs a decoder"
-    _check(model.cfg, prompts, max_new_tokens)
+    _check(model.cfg, prompts, max_new_tokens, output)
     ends = frozenset(end_ids) | ({eos_id} if eos_id is not None else set())
-    rows = [_Row(stream and stream(prompt), ends, stop) for prompt in prompts]
+    before = prompts if model.cfg.kind == "decoder" else [()] * len(prompts)  # what the text of each goes on from
+    rows = [_Row(stream and stream(tokens), ends, stop) for tokens in before]
     graphdef, params = split(for_decoding(model))
     length = bucket(max(map(len, prompts)))
     tokens_BT = np.array([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], np.int32)
     pad_B = np.array([length - len(prompt) for prompt in prompts], np.int32)
     prefix_B = np.array(prefix_lens or [0] * len(prompts), np.int32)
-    known = np.int32(vocab_size or model.cfg.vocab)
+    V = model.cfg.vocab
+    may_V = jnp.asarray((np.arange(V) < (vocab_size or V)) & ~np.isin(np.arange(V), output.never))
+    start, first, last = (np.int32(NEVER if i is None else i) for i in output[:3])
+    if output.start is None and model.cfg.kind == "encoder_decoder":
+        start = np.int32(model.cfg.start)
+    if max_new_tokens == 1 and output.last is not None:
+        first = last
     eos = np.int32(NEVER if eos_id is None else eos_id)
     capacity = bucket(length + max_new_tokens)
 
@@ -152,18 +166,22 @@ def generate(
 
     if isinstance(sampling, Beam):
         take(*jax.device_get(beam_search(
-            graphdef, sampling, bucket(max_new_tokens), capacity, params, tokens_BT, pad_B, prefix_B, known, eos,
-            np.int32(max_new_tokens),
+            graphdef, sampling, bucket(max_new_tokens), capacity, params, tokens_BT, pad_B, prefix_B, may_V, eos,
+            np.int32(max_new_tokens), start, first, last,
         )))  # fmt: skip
         return [row.completion() for row in rows]
 
     keys_B = row_keys(seed, prompts)
-    state, logprob_B = _start(graphdef, sampling, capacity, params, tokens_BT, pad_B, prefix_B, known, keys_B)
+    state, logprob_B = _start(
+        graphdef, sampling, capacity, params, tokens_BT, pad_B, prefix_B, may_V, keys_B, start, first
+    )
     take(*jax.device_get((state.tokens_B[None], logprob_B[None])))
     while not all(done := [row.ended is not None for row in rows]):
-        steps = min(1 if show else STEPS, max_new_tokens - int(state.count))
+        left = max_new_tokens - int(state.count)
+        steps = min(1 if show else STEPS, left)
+        at_end = last if steps == left else np.int32(NEVER)
         state, *said, ran = _advance(
-            graphdef, sampling, params, state, known, keys_B, eos, np.array(done), np.int32(steps)
+            graphdef, sampling, params, state, may_V, keys_B, eos, np.array(done), np.int32(steps), at_end
         )
         tokens_SB, logprobs_SB, ran = jax.device_get((*said, ran))
         take(tokens_SB[:ran], logprobs_SB[:ran])
@@ -194,17 +212,22 @@ def _start(
     tokens_BT: Int[Array, "B T"],
     pad_B: Int[Array, " B"],
     prefix_B: Int[Array, " B"],
-    known: Int[Array, ""],
+    may_V: Bool[Array, " V"],
     keys_B: Key[Array, " B"],
+    start: Int[Array, ""],
+    first: Int[Array, ""],
 ) -> tuple[State, Float[Array, " B"]]:
     """The state after the first token, and that token's log-probability."""
     model = merge(graphdef, params)
-    logits_BV, cache = model.prefill(tokens_BT, pad_B, capacity=capacity, prefix_len_B=prefix_B)
+    logits_BV, cache = prefill(model, tokens_BT, pad_B, capacity, prefix_B, start)
     B, T = tokens_BT.shape
-    # What an encoder reads is not yet said.
-    real_BT = (jnp.arange(T) >= pad_B[:, None]) & (model.cfg.kind == "decoder")
-    seen_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(B)[:, None], tokens_BT].max(real_BT)
-    return _choose(sampling, State(cache, tokens_BT[:, -1], seen_BV, jnp.int32(0)), logits_BV, known, keys_B)
+    seen_BV = jnp.zeros(logits_BV.shape, bool)
+    if model.cfg.kind == "decoder":
+        seen_BV = seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(jnp.arange(T) >= pad_B[:, None])
+    else:  # what an encoder reads is not yet said
+        seen_BV = seen_BV.at[:, start].set(True)
+    state = State(cache, tokens_BT[:, -1], seen_BV, jnp.int32(0))
+    return _choose(sampling, state, logits_BV, may_V, keys_B, first)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="state")
@@ -213,13 +236,18 @@ def _advance(
     sampling: Greedy | Sample,
     params: Params,
     state: State,
-    known: Int[Array, ""],
+    may_V: Bool[Array, " V"],
     keys_B: Key[Array, " B"],
     eos: Int[Array, ""],
     done_B: Bool[Array, " B"],
     steps: Int[Array, ""],
+    last: Int[Array, ""],
 ) -> tuple[State, Int[Array, "S B"], Float[Array, "S B"], Int[Array, ""]]:
-    """The state `steps` tokens later (fewer if all rows end), these tokens, their log-probabilities, their number."""
+    """The state `steps` tokens later (fewer if all rows end), these tokens, their log-probabilities, their number.
+
+    Args:
+      last: what the last of them is; `NEVER`: what is chosen.
+    """
     model = merge(graphdef, params)
 
     def going(carry):
@@ -229,7 +257,8 @@ def _advance(
     def step(carry):
         n, state, done_B, tokens_SB, logprobs_SB = carry
         logits_BV, cache = model.decode(state.tokens_B, state.cache)
-        state, logprob_B = _choose(sampling, state._replace(cache=cache), logits_BV, known, keys_B)
+        forced = jnp.where(n + 1 == steps, last, NEVER)
+        state, logprob_B = _choose(sampling, state._replace(cache=cache), logits_BV, may_V, keys_B, forced)
         done_B = done_B | (state.tokens_B == eos)
         return n + 1, state, done_B, tokens_SB.at[n].set(state.tokens_B), logprobs_SB.at[n].set(logprob_B)
 
@@ -239,9 +268,11 @@ def _advance(
     return state, tokens_SB, logprobs_SB, n
 
 
-def _choose(sampling, state: State, logits_BV: Array, known: Array, keys_B: Array) -> tuple[State, Float[Array, " B"]]:
-    B, V = logits_BV.shape
-    choice_BV = jnp.where(jnp.arange(V) < known, logits_BV, -jnp.inf)
+def _choose(
+    sampling, state: State, logits_BV: Array, may_V: Array, keys_B: Array, forced: Array
+) -> tuple[State, Float[Array, " B"]]:
+    B = len(logits_BV)
+    choice_BV = jnp.where(allowed(may_V, forced), logits_BV, -jnp.inf)
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.count)
     token_B = sample(sampling, choice_BV, state.seen_BV, keys_B)
     logprob_B = jax.nn.log_softmax(logits_BV)[jnp.arange(B), token_B]
@@ -295,9 +326,17 @@ def held_back(text: str, stop: Sequence[str]) -> int:
     return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
-def _check(cfg: AnyModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check(cfg: AnyModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, output: Output) -> None:
     if cfg.kind == "encoder":
         raise ConfigError("model.kind=encoder reads but does not write: generation needs a decoder or encoder-decoder")
+    if cfg.kind == "encoder_decoder" and cfg.start is None and output.start is None:
+        raise ConfigError(
+            "model.start is not set, the token that every output begins with: give start_token=TOKEN; mBART's are those "
+            "of the language to write in, such as en_XX"
+        )
+    for name, i in output._asdict().items():
+        if isinstance(i, int) and not 0 <= i < cfg.vocab:
+            raise ConfigError(f"output.{name}={i} is no token of the model's vocabulary, 0 to {cfg.vocab - 1}")
     for i, prompt in enumerate(prompts):
         n = len(prompt)
         if not n:

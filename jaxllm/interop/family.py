@@ -125,10 +125,11 @@ class Family:
                 paths[path] = activation(given, key) if path.endswith(".activation") else given[key]
         for part in self.parts:
             paths |= part.ours(given)
-        layers = paths.pop(LAYERS, None)
+        layered = {path: paths.pop(path) for path in [*paths] if path.endswith(LAYERS)}
         tree = _tree(paths)
-        if layers is not None:
-            tree = merge(tree, _pattern([_tree(layer) for layer in layers]))
+        for path, layers in layered.items():
+            pattern, side = _pattern([_tree(layer) for layer in layers]), path.removesuffix(LAYERS)
+            tree = merge(tree, {side[:-1]: pattern} if side else pattern)
         return self.model.model_validate(tree)
 
     def table(self, cfg: AnyModel) -> Table:
@@ -164,7 +165,7 @@ class Family:
 
 
 MOST_LAYERS = 10_000  # what is said layer by layer takes no memory that a wrong number asks for
-LAYERS = "*layers"  # among the paths of a Part: a list of Paths, what each layer has for itself
+LAYERS = "*layers"  # among the paths of a Part, of a side too: a list of Paths, what each layer has for itself
 
 
 def resolved(cfg: AnyModel) -> AnyModel:

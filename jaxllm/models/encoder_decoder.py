@@ -77,6 +77,7 @@ class EncoderDecoder(nnx.Module):
         *,
         capacity: int,
         prefix_len_B: Int[Array, " B"] | None = None,
+        start: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits of the first token of each output, and the cache of the input and of the start of the output.
 
@@ -84,13 +85,14 @@ class EncoderDecoder(nnx.Module):
           tokens_BT: the input, left-padded by `pad_B` tokens.
           capacity: tokens of the output that the cache must be able to hold, the one that it begins with included.
           prefix_len_B: means nothing here: the encoder sees all of the input.
+          start: the token that outputs begin with; None: the config's.
 
         Raises:
-          ConfigError: the config does not say what outputs begin with.
+          ConfigError: nothing says what outputs begin with.
         """
-        if self.cfg.start is None:
+        if start is None and self.cfg.start is None:
             raise ConfigError("model.start is not set: the token that every output begins with")
-        start_BT = jnp.full((len(pad_B), 1), self.cfg.start, jnp.int32)
+        start_BT = jnp.full((len(pad_B), 1), self.cfg.start if start is None else start, jnp.int32)
         T, B = tokens_BT.shape[1], tokens_BT.shape[0]
         position_BT = jnp.arange(T)[None] - pad_B[:, None]
         memory = self.read(tokens_BT, jnp.maximum(position_BT, 0), (position_BT >= 0).astype(jnp.int32))

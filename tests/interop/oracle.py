@@ -15,10 +15,11 @@ tokenizers = pytest.importorskip("tokenizers")
 
 
 def randomised(model: Any, seed: int) -> Any:
-    """The model, in evaluation mode, with noise in every weight: norms and biases too."""
+    """The model, in evaluation mode, with noise in every weight that is learned: norms and biases too."""
     torch.manual_seed(seed)
     with torch.no_grad():
-        for p in (*model.parameters(), *(b for n, b in model.named_buffers() if n == "final_logits_bias")):
+        learned = [p for p in model.parameters() if p.requires_grad]
+        for p in (*learned, *(b for n, b in model.named_buffers() if n == "final_logits_bias")):
             noise = torch.randn_like(p)
             p.copy_(p + 0.2 * noise if p.ndim == 1 else noise * p.shape[-1] ** -0.5)
     return model.eval()

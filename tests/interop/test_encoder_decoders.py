@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from jaxllm import presets
+from jaxllm.core.errors import CheckpointError, ConfigError
 from jaxllm.inference.generate import generate
-from jaxllm.interop.folder import open_folder
-from jaxllm.interop.weights import load
+from jaxllm.interop.encoder_decoders import FAMILIES, SWITCH
+from jaxllm.interop.folder import BY_KIND, open_folder
+from jaxllm.interop.weights import Weights, load
 from jaxllm.models.module import abstract, merge
 
 torch = pytest.importorskip("torch")
@@ -18,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 
 from tests.interop import oracle  # noqa: E402
 from tests.interop.test_decoders import few  # noqa: E402
-from tests.interop.test_encoders import packed  # noqa: E402
+from tests.interop.test_encoders import packed, padded  # noqa: E402
 
 V, CONTEXT = 50, 40
 READ, WRITTEN = (5, 9, 3), (4, 2, 7)
@@ -51,6 +54,15 @@ def umt5(draw):
     return transformers.UMT5Config(**_t5(draw))
 
 
+def switch_transformers(draw):
+    c = _t5(draw) | {"dense_act_fn": draw(of(["relu", "gelu_new"])), "num_experts": draw(of([2, 3, 5]))}
+    steps = {"encoder_sparse_step": draw(of([1, 2, 3])), "decoder_sparse_step": draw(of([0, 1, 2]))}
+    return transformers.SwitchTransformersConfig(
+        **{k: x for k, x in c.items() if k != "feed_forward_proj"}, **steps, router_bias=draw(flag), pad_token_id=0,
+        expert_capacity=draw(of([20, 64])), router_jitter_noise=draw(of([0.0, 0.1])),
+    )  # fmt: skip
+
+
 def _bart(draw: Any) -> dict[str, Any]:
     heads = draw(of([1, 2, 4]))
     return {
@@ -74,13 +86,18 @@ def pegasus(draw):
     return transformers.PegasusConfig(**_bart(draw))
 
 
-DRAWN = {f.__name__: f for f in (t5, t5_unscaled, mt5, umt5, bart, mbart, pegasus)}
+def marian(draw):
+    more = {"activation_function": draw(of(["relu", "swish"])), "pad_token_id": 0, "bos_token_id": 0}
+    return transformers.MarianConfig(**_bart(draw) | more)
+
+
+DRAWN = {f.__name__: f for f in (t5, t5_unscaled, mt5, umt5, switch_transformers, bart, mbart, pegasus, marian)}
+CLASSES = {family.model_types[0]: family.architecture for family in FAMILIES}
 
 
 def randomised(config: Any, seed: int) -> Any:
     torch.manual_seed(seed)
-    kind = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5", "bart": "Bart", "mbart": "MBart", "pegasus": "Pegasus"}
-    model = getattr(transformers, kind[config.model_type] + "ForConditionalGeneration")
+    model = getattr(transformers, CLASSES[config.model_type])
     model = oracle.randomised(model._from_config(config, attn_implementation="eager"), seed)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
@@ -140,3 +157,67 @@ def assert_same_outputs(model: Any, ours: Any, seed: int) -> None:
         with torch.no_grad():
             out = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, num_beams=1)
         assert list(completion.tokens) == out[0, 1:].tolist()
+
+
+def test_experts_take_as_many_tokens_of_a_row_as_those_of_transformers():
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=V, d_model=16, d_kv=4, num_heads=2, d_ff=20, num_layers=2, num_decoder_layers=2, num_experts=2,
+        encoder_sparse_step=2, decoder_sparse_step=1, expert_capacity=2, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = randomised(config, 0)
+    cfg = SWITCH.ours(config.to_dict())
+    tensors = {n: x.numpy() for n, x in model.state_dict().items()}
+    of_theirs = Weights(SWITCH, cfg, tensors, tensors.__getitem__, "random")
+    graphdef, shapes, _ = abstract(cfg)
+    ours = merge(graphdef, load(of_theirs, cfg, shapes))
+    rng = np.random.default_rng(0)
+    read, written = ([rng.integers(3, V, n) for n in lengths] for lengths in (READ, WRITTEN))
+    places = lambda parts: (padded([np.arange(len(x)) for x in parts]), padded([np.ones(len(x)) for x in parts]))
+    (at, real), (read_at, read_real) = places(written), places(read)
+    got = jax.jit(ours.__class__.__call__)(
+        ours, padded(written), at, real, read_BS=padded(read), read_positions_BS=read_at, read_documents_BS=read_real
+    )
+    dropped = 0
+    for x, y, logits in zip(read, written, got, strict=True):
+        with torch.no_grad():
+            out = model(
+                input_ids=torch.tensor(x)[None], decoder_input_ids=torch.tensor(y)[None], output_router_logits=True
+            )
+        dropped += sum(
+            int((one[0].argmax(-1).bincount() > 2).sum()) for one in out.encoder_router_logits if one.numel()
+        )
+        np.testing.assert_allclose(logits[: len(y)], out.logits[0].numpy(), atol=1e-4, rtol=0)
+    assert dropped > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "reason"),
+    [
+        ("t5", {"num_decoder_layers": 10**12}, "num_decoder_layers=1000000000000; a decoder has 1 to 10000 layers"),
+        ("switch_transformers", {"decoder_sparse_step": -1}, "decoder_sparse_step=-1; must be 0 or more"),
+        (
+            "switch_transformers",
+            {"router_dtype": "bfloat16"},
+            "router_dtype=.bfloat16.; .* is read with .float32. only",
+        ),
+        ("marian", {"vocab_size": 9, "decoder_vocab_size": 8}, "decoder_vocab_size=8; must be vocab_size=9"),
+    ],
+)
+def test_a_model_that_cannot_be_computed_is_refused(kind, said, reason):
+    with pytest.raises(CheckpointError, match=reason):
+        BY_KIND[kind].ours(said)
+
+
+def test_layers_that_files_leave_out_are_sparse_as_often_as_they_say():
+    """Of 12 layers 6: every second; of 12 none: transformers 5 makes the second one sparse nonetheless."""
+    said = {"num_sparse_encoder_layers": 6, "num_sparse_decoder_layers": 0}
+    sides = (SWITCH.ours(said).encoder, SWITCH.ours(said).decoder)
+    sparse = [[i for i in range(12) if side.layer(i).ffn.kind == "moe"] for side in sides]
+    config = transformers.SwitchTransformersConfig(**said)
+    assert (config.encoder_sparse_step, config.decoder_sparse_step) == (2, 12)
+    assert sparse == [[1, 3, 5, 7, 9, 11], [1]]
+
+
+def test_a_switch_transformer_without_experts_is_not_written():
+    with pytest.raises(ConfigError, match="a Switch Transformer has experts"):
+        SWITCH.theirs(presets.preset("t5_small"))

@@ -249,6 +249,15 @@ def test_the_balance_is_that_of_transformers_over_k():
     np.testing.assert_allclose(computed(moe, x, real)[1].balance, float(wanted) / 2, rtol=1e-5)
 
 
+def test_the_balance_of_even_use_is_1():
+    """Switch, arXiv:2101.03961, section 2.2: alpha times this is then alpha."""
+    graphdef, weights = split(layer(MoEConfig(experts=D, top_k=1, mlp=3)))
+    each_its_own = jnp.broadcast_to(5 * jnp.eye(D), (1, D, D))  # one token for each expert
+    moe = made(graphdef, weights | {"w_router": jnp.eye(D)})
+    balance = computed(moe, each_its_own, jnp.ones((1, D), bool))[1].balance
+    np.testing.assert_allclose(balance, 1, rtol=1e-6)
+
+
 # --- jitter ----------------------------------------------------------------------------------------------------------
 
 

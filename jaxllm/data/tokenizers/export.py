@@ -74,7 +74,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> Tree:
     return tree
 
 
-def _tree(model: Tree, *, normalizer: Tree | None, pre_tokenizer: Tree | None, decoder: Tree | None) -> Tree:
+def tree_of(model: Tree, *, normalizer: Tree | None, pre_tokenizer: Tree | None, decoder: Tree | None) -> Tree:
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model,
@@ -123,7 +123,7 @@ def byte_level(
     level = {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": gpt2}
     model = {"type": "BPE", "vocab": dict(vocab), "merges": list(merges), "ignore_merges": whole}
     steps = [level] if split is None else [split, level]
-    return _tree(model, normalizer=normalizer, pre_tokenizer=sequence("pretokenizers", steps), decoder=level)
+    return tree_of(model, normalizer=normalizer, pre_tokenizer=sequence("pretokenizers", steps), decoder=level)
 
 
 def split_by(pattern: str) -> Tree:
@@ -176,12 +176,12 @@ def _of_sentencepiece(tokenizer: Tokenizer) -> Tree:
         what = f"its symbols {user[:3]}" if user else "its kind"
         raise DataError(f"SentencePiece model: {what} cannot be written as a tokenizer.json that gives the same ids")
     space = "\u2581"
-    steps = [_precompiled(form.precompiled_charsmap)] if form.precompiled_charsmap else []
+    steps = [precompiled(form.precompiled_charsmap)] if form.precompiled_charsmap else []
     if form.remove_extra_whitespaces:
-        steps += [_replace({"Regex": r"\A +| +\z"}, ""), _replace({"Regex": " {2,}"}, " ")]
+        steps += [replace({"Regex": r"\A +| +\z"}, ""), replace({"Regex": " {2,}"}, " ")]
     steps += [{"type": "Prepend", "prepend": space}] if form.add_dummy_prefix else []
-    steps += [_replace({"String": " "}, space)]
-    decoders = [_replace({"String": space}, " ")]
+    steps += [replace({"String": " "}, space)]
+    decoders = [replace({"String": space}, " ")]
     decoders += [{"type": "ByteFallback"}] if asked.byte_fallback else []
     decoders += [{"type": "Fuse"}]
     decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if form.add_dummy_prefix else []
@@ -195,16 +195,16 @@ def _of_sentencepiece(tokenizer: Tokenizer) -> Tree:
             "type": "BPE", "unk_token": file.pieces[asked.unk_id].piece, "fuse_unk": True, "vocab": ids,
             "byte_fallback": asked.byte_fallback, "merges": [[*pair] for pair in merges_of(normal, normal.get)],
         }  # fmt: skip
-    tree = _tree(
+    tree = tree_of(
         model, normalizer=sequence("normalizers", steps), pre_tokenizer=None, decoder=sequence("decoders", decoders)
     )
     tree["added_tokens"] = [_added(token, ids[token], special=False) for token in user]
     return tree
 
 
-def _replace(pattern: Tree, content: str) -> Tree:
+def replace(pattern: Tree, content: str) -> Tree:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-def _precompiled(charsmap: bytes) -> Tree:
+def precompiled(charsmap: bytes) -> Tree:
     return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}

@@ -2,6 +2,8 @@
 
     tokenizer.json             whatever the tokenizers library reads
     tokenizer.model            SentencePiece, or ranks of tiktoken as Meta's LLaMA 3 has them
+    spiece.model               SentencePiece, with ids as the family has them (T5, PEGASUS)
+    sentencepiece.bpe.model    likewise (XLM-R, mBART)
     *.tiktoken                 ranks of tiktoken, as Qwen 1 has them
     vocab.json, merges.txt     byte-level BPE (GPT-2)
     vocab.txt                  WordPiece (BERT)
@@ -15,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from jaxllm.core.errors import DataError
+from jaxllm.data.tokenizers import unigrams
 from jaxllm.data.tokenizers.base import Spec, Tokenizer, byte_alphabet, read_model
 from jaxllm.data.tokenizers.beside import ROLES, Beside, Tree, added_token, read_object
 from jaxllm.data.tokenizers.export import byte_level, split_by
@@ -38,6 +41,8 @@ def read_folder(folder: str | Path) -> tuple[Tokenizer, tuple[int, ...]]:
         if _is_ranks(data):
             return _tiktoken(data, folder / "tokenizer.model")
         return _sentencepiece(data, folder, said)
+    if found := [folder / name for name in unigrams.FILES if (folder / name).is_file()]:
+        return _hugging_face(unigrams.read(found[0], said), folder, said)
     if ranks := sorted(folder.glob("*.tiktoken")):
         return _tiktoken(read_model(ranks[0]), ranks[0])
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -47,7 +52,9 @@ def read_folder(folder: str | Path) -> tuple[Tokenizer, tuple[int, ...]]:
     raise DataError(f"{folder}: no tokenizer in it; known are {', '.join(FILES)}")
 
 
-FILES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "merges.txt", "vocab.txt")
+FILES = (
+    "tokenizer.json", "tokenizer.model", *unigrams.FILES, "*.tiktoken", "vocab.json", "merges.txt", "vocab.txt",
+)  # fmt: skip
 
 
 def is_tokenizer(name: str) -> bool:
@@ -104,13 +111,15 @@ def _is_ranks(data: bytes) -> bool:
 
 
 def _hugging_face(
-    made: tuple[Tree, dict[str, str | None]], folder: Path, said: Beside
+    made: tuple[Tree, Mapping[str, str | None]], folder: Path, said: Beside
 ) -> tuple[Tokenizer, tuple[int, ...]]:
     """`made`: the tree of a tokenizer.json, and tokens of roles that files may leave unnamed."""
     from jaxllm.data.tokenizers.hf import HuggingFace, with_added
 
     tree, defaults = made
     vocab = tree["model"]["vocab"]
+    if isinstance(vocab, list):  # unigrams and their scores
+        vocab = {token: i for i, (token, _) in enumerate(vocab)}
     roles = {role: said.role(role, defaults.get(role)) for role in ROLES}
     special = said.special | {token for token in roles.values() if token}
     tokens = {vocab[token]: added_token(token, special=True) for token in special if token in vocab} | said.added
