@@ -87,9 +87,9 @@ def texts_of_checkpoint(folder: Path) -> Texts:
     """What a checkpoint says of texts: as `Texts.save` wrote it, or as its run began documents and its source ends them."""
     tokenizer = tokenizers.load(folder / "tokenizer")
     if said := read_object(folder / "tokenizer" / TEXTS):
-        output = {key: tuple(x) if key == "never" else x for key, x in said.get("output", {}).items()}
+        kept = {key: tuple(x) if key == "never" else x for key, x in said.get("output", {}).items()}
         ids = (tuple(said[key]) for key in ("start", "ends"))
-        return Texts(tokenizer, *ids, said["chat_templates"], Output(**output))
+        return Texts(tokenizer, *ids, said["chat_templates"], Output(**kept))
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     source = _files(folder / SOURCE, ".json", ".jinja")
     return Texts(tokenizer, () if first is None else (first,), end_ids(source), chat_templates(source), output(source))
