@@ -109,6 +109,7 @@ def decoders(draw):
 
 
 # Each example compiles a program: to shrink one that fails would take many minutes.
+@pytest.mark.slow
 @settings(derandomize=True, max_examples=25, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(
     fields=decoders(),
@@ -398,6 +399,7 @@ def reader_and_writer(**more):
     ).build()
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_writes_what_its_full_forward_pass_would_whatever_stands_beside_it_in_the_batch():
     model = reader_and_writer()
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3]]

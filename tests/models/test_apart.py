@@ -17,6 +17,7 @@ PATTERNS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATTERNS)
 def test_layers_apart_compute_and_decode_as_stacked_ones(name):
     cfg = DecoderConfig.model_validate(

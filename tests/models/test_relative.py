@@ -13,6 +13,7 @@ from jaxllm.models.layers.attention import Attention, attend
 from jaxllm.models.layers.relative import make
 from jaxllm.models.module import abstract, create, merge
 from jaxllm.models.stack import row_tokens
+from tests.marks import slow_but
 
 N, H, D, T, V = 3, 4, 12, 9, 30
 KINDS = {
@@ -179,7 +180,7 @@ def weights(cfg: DecoderConfig):
     return abstract(cfg)[0], noisy
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(MODELS, "t5", "xl", "disentangled"))
 def test_packed_is_alone_and_cached_decoding_the_full_forward_pass(name):
     graphdef, params = weights(MODELS[name])
     model = merge(graphdef, params)

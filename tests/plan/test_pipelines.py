@@ -41,6 +41,7 @@ def head_share() -> float:
     return EMBED * VOCAB / (LAYERS * layer + EMBED * VOCAB)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_stages_multiply_what_the_model_asks_for_and_nothing_twice(schedule):
     p = proof(FOUR, f"pipeline.schedule={schedule}", "pipeline.recompute=false")
@@ -48,6 +49,7 @@ def test_stages_multiply_what_the_model_asks_for_and_nothing_twice(schedule):
     assert p.notes == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "stages"),
     [

@@ -200,6 +200,7 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_five_random_moments_has_the_losses_of_an_unbroken_one(prepared, tmp_path):
     def tree(name):
         return run_tree(prepared, tmp_path / name) | {"steps": 120, "checkpoints": {"every": 7, "keep": 2}}
