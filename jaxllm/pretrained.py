@@ -92,7 +92,9 @@ def texts_of_checkpoint(folder: Path) -> Texts:
         return Texts(tokenizer, *ids, said["chat_templates"], Output(**kept))
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     source = _files(folder / SOURCE, ".json", ".jinja")
-    return Texts(tokenizer, () if first is None else (first,), end_ids(source), chat_templates(source), output(source))
+    return Texts(
+        tokenizer, () if first is None else (first,), end_ids(source), chat_templates(source), output_of(source)
+    )
 
 
 def initial(path: Path, wanted: DecoderConfig) -> Initial:
@@ -152,7 +154,7 @@ def texts_of_folder(folder: Path) -> Texts:
     """What the files of a folder as Hugging Face has them say of texts. Raises DataError: no tokenizer in it."""
     more = _files(folder / "additional_chat_templates", ".jinja")
     files = _files(folder, ".json", ".jinja") | {f"additional_chat_templates/{name}": x for name, x in more.items()}
-    return Texts(*read_folder(folder), end_ids(files), chat_templates(files), output(files))
+    return Texts(*read_folder(folder), end_ids(files), chat_templates(files), output_of(files))
 
 
 def end_ids(files: Mapping[str, bytes]) -> tuple[int, ...]:
@@ -160,7 +162,7 @@ def end_ids(files: Mapping[str, bytes]) -> tuple[int, ...]:
     return _ids(_generation(files).get("eos_token_id"))
 
 
-def output(files: Mapping[str, bytes]) -> Output:
+def output_of(files: Mapping[str, bytes]) -> Output:
     """What is settled of outputs, by generation_config.json, or else config.json."""
     said = _generation(files)
     keys = {"start": "decoder_start_token_id", "first": "forced_bos_token_id", "last": "forced_eos_token_id"}

@@ -15,7 +15,7 @@ from jaxllm.generate import run
 from jaxllm.inference.config import Beam, GenerateConfig, Greedy
 from jaxllm.inference.generate import generate
 from jaxllm.inference.output import Output
-from jaxllm.pretrained import Texts, load_model, output, texts_of_checkpoint
+from jaxllm.pretrained import Texts, load_model, output_of, texts_of_checkpoint
 from tests.data.test_unigrams import FIRST_THREE, trained
 
 torch = pytest.importorskip("torch")
@@ -33,8 +33,8 @@ def saved(folder: Path, vocab: int = V, **settled):
         forced_eos_token_id=None,
     )).eval()  # fmt: skip
     with torch.no_grad():
-        for p in (*model.parameters(), model.final_logits_bias):
-            p.copy_(torch.randn_like(p) * (0.5 if p.ndim == 1 else p.shape[-1] ** -0.5))
+        for p in model.parameters():
+            p.copy_(p + 0.2 * torch.randn_like(p) if p.ndim == 1 else torch.randn_like(p) * 0.5)
     for key, value in settled.items():
         setattr(model.generation_config, key, value)
     model.save_pretrained(folder)
@@ -64,7 +64,7 @@ def test_outputs_begin_end_and_lack_what_generation_config_says(sampling, asked,
         tmp_path / "settled", decoder_start_token_id=EOS, forced_bos_token_id=9, forced_eos_token_id=7,
         bad_words_ids=[[common]],
     )  # fmt: skip
-    settled = output({p.name: p.read_bytes() for p in (tmp_path / "settled").glob("*.json")})
+    settled = output_of({p.name: p.read_bytes() for p in (tmp_path / "settled").glob("*.json")})
     assert settled == Output(start=EOS, first=9, last=7, never=(common,))
     ours = load_model(tmp_path / "settled")
     ask = functools.partial(generate, ours, sampling=sampling, eos_id=EOS, output=settled)
@@ -78,7 +78,7 @@ def test_outputs_begin_end_and_lack_what_generation_config_says(sampling, asked,
 def test_a_token_that_is_none_is_refused(tmp_path):
     saved(tmp_path, decoder_start_token_id=EOS)
     with pytest.raises(ConfigError, match="output.first=50 is no token of the model's vocabulary, 0 to 49"):
-        generate(load_model(tmp_path), [[3]], max_new_tokens=1, output=Output(first=V))
+        generate(load_model(tmp_path), [[3]], max_new_tokens=1, output=Output(start=EOS, first=V))
 
 
 def test_generate_writes_in_the_language_that_is_asked_for(tmp_path, capsys):
@@ -88,7 +88,8 @@ def test_generate_writes_in_the_language_that_is_asked_for(tmp_path, capsys):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MBartTokenizer"}))
     text = "Return an object."
     read = words(text).input_ids
-    wanted = {code: said(model, read, decoder_start_token_id=words.convert_tokens_to_ids(code)) for code in ("ro_RO", "de_DE")}  # fmt: skip
+    ids = {code: words.convert_tokens_to_ids(code) for code in ("ro_RO", "de_DE")}
+    wanted = {code: said(model, read, decoder_start_token_id=i) for code, i in ids.items()}
     assert wanted["ro_RO"] != wanted["de_DE"]
     ask = functools.partial(GenerateConfig, model=str(tmp_path), prompt=(text,), sampling=Greedy(), max_new_tokens=12)
     for code, tokens in wanted.items():
@@ -97,8 +98,7 @@ def test_generate_writes_in_the_language_that_is_asked_for(tmp_path, capsys):
         plain = words.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert got.text == plain and capsys.readouterr().out == plain + "\n"
     [got] = run(ask(start_token="</s>", first_token="ro_RO"))
-    forced = words.convert_tokens_to_ids("ro_RO")
-    assert list(got.tokens) == said(model, read, decoder_start_token_id=EOS, forced_bos_token_id=forced)
+    assert list(got.tokens) == said(model, read, decoder_start_token_id=EOS, forced_bos_token_id=ids["ro_RO"])
     capsys.readouterr()
     argv = ["generate", str(tmp_path), "--prompt", text, "--temperature", "0", "--max-new-tokens", "12"]
     assert main([*argv, "--start-token", "ro_RO"]) == 0
