@@ -251,6 +251,9 @@ class Words:
     vocab_size, bos_id, eos_id = V, 0, 1
     pieces = ["", "", *"abcdefghijklmnopqrstuvwxyz"[:20], "ab", "bc", "cab", " ", ". ", "a ", "zz"]
 
+    def suffix(self):
+        return (1,)
+
     def token_id(self, token):
         return self.pieces.index(token) if token in self.pieces else None
 
