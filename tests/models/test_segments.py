@@ -137,7 +137,10 @@ def test_segments_with_memory_are_what_the_equations_of_transformer_xl_say(memor
 # --- the whole text at once ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", DECODERS)
+FAST = ("transformer_xl", "sandwich_rope", "pattern")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in DECODERS])
 def test_with_all_of_the_text_remembered_segments_are_the_whole_of_it(name):
     """Two texts side by side; and a row of documents that begin and end within segments."""
     cfg = DECODERS[name]
