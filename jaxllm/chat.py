@@ -32,7 +32,7 @@ def run(cfg: ChatConfig, out: TextIOBase | None = None) -> Conversation:
     talk = Conversation(
         found.model, found.tokenizer, template_of(cfg, found), system=cfg.system, ends=found.ends,
         stream=functools.partial(tokenizers.StreamDecoder, found.tokenizer), max_new_tokens=cfg.max_new_tokens,
-        sampling=cfg.sampling, stop=cfg.stop, seed=cfg.seed,
+        sampling=cfg.sampling, stop=cfg.stop, seed=cfg.seed, output=found.output,
     )  # fmt: skip
     if cfg.turns:
         for text in cfg.turns:

@@ -136,6 +136,8 @@ def _embed(verb: str, argv: list[str]) -> None:
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.text:
         given["text"] = args.text
+        if fields := [text for text in args.text if text.partition("=")[0] in (*names, "version")]:
+            raise UserError(f"{fields[0]!r} among the texts: a field is set by its flag, as in --file FILE")
     args.overrides = [override(path, value) for path, value in given.items()]
     _call(args, verb, [])
 

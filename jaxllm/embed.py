@@ -31,7 +31,9 @@ def run(cfg: EmbedConfig, out: TextIOBase | None = None) -> np.ndarray:
     found = load(said.folder, cfg.step, cfg.precision)
     if found.source is not None:
         said = sentences.read(found.source)
-    texts = [said.prompt + (text.lower() if said.lower else text) for text in texts]
+    if said != sentences.Sentences(said.folder):  # as sentence-transformers does
+        texts = [(said.prompt + text).strip() for text in texts]
+    texts = [text.lower() for text in texts] if said.lower else texts
     context, longest = found.model.cfg.context, cfg.max_tokens
     if longest is None and said.max_tokens is not None:
         longest = min(said.max_tokens, context)
@@ -58,7 +60,12 @@ def run(cfg: EmbedConfig, out: TextIOBase | None = None) -> np.ndarray:
 
 
 def texts_of(cfg: EmbedConfig) -> list[str]:
-    """The texts, then the lines of the file. Raises ConfigError: there are none."""
+    """The texts, then the lines of the file.
+
+    Raises:
+      ConfigError: there are none, or one is empty.
+      DataError: the file cannot be read.
+    """
     texts, places = list(cfg.text), [f"text {n}" for n in range(len(cfg.text))]
     if cfg.file is not None:
         try:

@@ -33,6 +33,10 @@ def run(cfg: GenerateConfig, out: TextIOBase | None = None) -> list[Completion]:
         print(text if begun else before[row] + text, end="", file=out, flush=True)
         begun = True
 
+    if cfg.start_token is not None and found.model.cfg.kind == "decoder":
+        raise ConfigError(
+            f"start_token={cfg.start_token!r}: a decoder goes on with its prompt; first_token is said first"
+        )
     asked = {"start": cfg.start_token, "first": cfg.first_token}
     known = {role: found.tokenizer.token_id(token) for role, token in asked.items() if token is not None}
     if unknown := [role for role, i in known.items() if i is None]:

@@ -91,7 +91,7 @@ def texts_of_checkpoint(folder: Path) -> Texts:
         ids = (tuple(said[key]) for key in ("start", "ends"))
         return Texts(tokenizer, *ids, said["chat_templates"], Output(**kept))
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    source = _files(folder / SOURCE, ".json", ".jinja")
+    source = _said_of_texts(folder / SOURCE)
     return Texts(
         tokenizer, () if first is None else (first,), end_ids(source), chat_templates(source), output_of(source)
     )
@@ -152,9 +152,14 @@ def _of_folder(read: hugging_face.Pretrained, precision: str | None) -> Model:
 
 def texts_of_folder(folder: Path) -> Texts:
     """What the files of a folder as Hugging Face has them say of texts. Raises DataError: no tokenizer in it."""
-    more = _files(folder / "additional_chat_templates", ".jinja")
-    files = _files(folder, ".json", ".jinja") | {f"additional_chat_templates/{name}": x for name, x in more.items()}
+    files = _said_of_texts(folder)
     return Texts(*read_folder(folder), end_ids(files), chat_templates(files), output_of(files))
+
+
+def _said_of_texts(folder: Path) -> dict[str, bytes]:
+    """The files in which a folder says things of texts."""
+    more = _files(folder / "additional_chat_templates", ".jinja")
+    return _files(folder, ".json", ".jinja") | {f"additional_chat_templates/{name}": x for name, x in more.items()}
 
 
 def end_ids(files: Mapping[str, bytes]) -> tuple[int, ...]:
@@ -163,13 +168,17 @@ def end_ids(files: Mapping[str, bytes]) -> tuple[int, ...]:
 
 
 def output_of(files: Mapping[str, bytes]) -> Output:
-    """What is settled of outputs, by generation_config.json, or else config.json."""
-    said = _generation(files)
+    """What is settled of outputs, by generation_config.json, or else config.json.
+
+    Words of several tokens that are never to be said are texts, and none of ours; one that ends a text may be said.
+    """
+    said = _json(files.get("generation_config.json")) or _json(files.get("config.json"))
     keys = {"start": "decoder_start_token_id", "first": "forced_bos_token_id", "last": "forced_eos_token_id"}
     found = {role: min(ids) for role, key in keys.items() if (ids := _ids(said.get(key)))}
-    words = said.get("bad_words_ids") or []  # those of several tokens are texts, not ids
-    never = [word[0] for word in words if isinstance(word, list) and len(word) == 1]
-    return Output(**found, never=_ids([*never, *_ids(said.get("suppress_tokens"))]))
+    words = said.get("bad_words_ids")
+    words = [word[0] for word in words if isinstance(word, list) and len(word) == 1] if isinstance(words, list) else []
+    never = dict.fromkeys([*(i for i in _ids(words) if i not in end_ids(files)), *_ids(said.get("suppress_tokens"))])
+    return Output(**found, never=tuple(never))
 
 
 def _generation(files: Mapping[str, bytes]) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def beam_search(
         beams: Hypotheses, best: Hypotheses, logits_RV: Array, now: Array
     ) -> tuple[Hypotheses, Hypotheses, Array]:
         """The beams one token later, the best finished sequences, and which beam each beam goes on from."""
-        forced = jnp.where(now + 1 == max_new_tokens, last, jnp.where(now == 0, first, NEVER))
+        begun = jnp.where(now == 0, first, NEVER)
+        forced = jnp.where((now + 1 == max_new_tokens) & (last != NEVER), last, begun)
         logprobs_RV = jax.nn.log_softmax(logits_RV)
         logprobs_BWV = logprobs_RV.reshape(B, W, V)
         cost_BWV = jnp.where(forced == NEVER, logprobs_BWV, 0)

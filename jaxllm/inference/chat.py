@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from jaxllm.core.errors import ConfigError
 from jaxllm.inference.config import Beam, Greedy, Sample
 from jaxllm.inference.generate import Completion, Stream, generate
+from jaxllm.inference.output import Output
 from jaxllm.inference.template import Message, Template
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.module import for_decoding
@@ -61,6 +62,7 @@ class Conversation:
       stream: as of `generate`.
       max_new_tokens: room kept for an answer; None: 512 tokens, or half the context if that is less.
       stop: further texts that end an answer.
+      output: what is settled of each answer.
     """
 
     def __init__(
@@ -76,10 +78,11 @@ class Conversation:
         sampling: Greedy | Sample | Beam = Greedy(),
         stop: Sequence[str] = (),
         seed: int = 0,
+        output: Output = Output(),
     ):
         self.model, self.tokenizer, self.template = for_decoding(model), tokenizer, template  # once for all turns
         self.max_new_tokens = max_new_tokens or min(ANSWER, model.cfg.context // 2)
-        self.sampling, self.seed, self._stream = sampling, seed, stream
+        self.sampling, self.seed, self.output, self._stream = sampling, seed, output, stream
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         end, text = end_of_turn(template, tokenizer)
         self.ends = tuple(dict.fromkeys([*ends, *end]))
@@ -109,7 +112,7 @@ class Conversation:
             (completion,) = generate(
                 self.model, [prompt], max_new_tokens=self.max_new_tokens, sampling=self.sampling,
                 eos_id=self.tokenizer.eos_id, end_ids=self.ends, vocab_size=self.tokenizer.vocab_size, seed=self.seed,
-                stream=self._stream, stop=self.stop, show=keep if show else None,
+                output=self.output, stream=self._stream, stop=self.stop, show=keep if show else None,
             )  # fmt: skip
         except KeyboardInterrupt:
             if said:

@@ -37,7 +37,7 @@ def embed(
     batch: int = 32,
     cut: Callable[[list[int]], None] | None = None,
 ) -> np.ndarray:
-    """A vector of each text, float32 [N, D]; each is what it would be alone.
+    """A vector of each text, float32 [N, D]; each is what it would be alone, but where experts have a `capacity`.
 
     Args:
       start, end: ids that stand before and after every text, such as [CLS] and [SEP].

@@ -116,7 +116,8 @@ def generate(
     stop: Sequence[str] = (),
     show: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
-    """A completion of each prompt (token ids), computed as one batch; each is what it would be alone.
+    """A completion of each prompt (token ids), computed as one batch; each is what it would be alone, but where
+    experts have a `capacity`, of which a row's padding is a part.
 
     Args:
       max_new_tokens: longest completion; prompt and completion together must fit the model's context.

@@ -12,11 +12,9 @@ NEVER = -1  # a token that no model says, in place of one that is not given
 
 
 class Output(NamedTuple):
-    """Ids that a `generation_config.json` of transformers settles; each is as if the model were sure of it."""
+    """Ids that a `generation_config.json` of transformers settles; log-probabilities stay those of the model."""
 
-    start: int | None = (
-        None  # what an encoder-decoder's outputs begin with, before all that is said; None: the config's
-    )
+    start: int | None = None  # what an encoder-decoder's outputs begin with, before what is said; None: the config's
     first: int | None = None  # said first: mBART's token of a language (forced_bos_token_id)
     last: int | None = None  # said where `max_new_tokens` are reached (forced_eos_token_id)
     never: tuple[int, ...] = ()  # never said: Marian's padding (bad_words_ids, suppress_tokens)

@@ -65,11 +65,12 @@ def _mode(pooling: dict[str, Any], path: Path) -> str:
     """One mode, by name or, as before version 5.4, by the one of several keys that is true."""
     modes = pooling.get("pooling_mode")
     if modes is None:
+        told = pooling | {"pooling_mode_mean_tokens": pooling.get("pooling_mode_mean_tokens", True)}
         modes = [
-            key.removeprefix("pooling_mode_") for key, on in pooling.items() if key.startswith("pooling_mode_") and on
+            key.removeprefix("pooling_mode_") for key, on in told.items() if key.startswith("pooling_mode_") and on
         ]
-    modes = [modes] if isinstance(modes, str) else modes or ["mean"]
-    if not isinstance(modes, list) or len(modes) > 1 or modes[0] not in MODES:
+    modes = [modes] if isinstance(modes, str) else modes
+    if not isinstance(modes, list) or len(modes) != 1 or modes[0] not in list(MODES):
         raise CheckpointError(f"{path}: the mode of pooling is {json.dumps(modes)}; known: one of {', '.join(MODES)}")
     return MODES[modes[0]]
 

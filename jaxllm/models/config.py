@@ -219,7 +219,7 @@ class MoE(Config):
     """
 
     kind: Literal["moe"] = "moe"
-    experts: int = Field(8, gt=0)  # feed-forwards to choose from
+    experts: int = Field(8, gt=0, le=65536)  # feed-forwards to choose from
     top_k: int = Field(2, gt=0)  # that a token is sent to
     mlp: int = Field(2048, gt=0)  # width of an expert's hidden layer
     activation: Activation = "silu"  # as of a dense feed-forward
@@ -440,9 +440,7 @@ class DecoderConfig(Stack):
     logit_scale: float = Field(1.0, gt=0)  # final logits are multiplied by this (MPT)
     logit_softcap: float | None = Field(None, gt=0)  # final logits -> c tanh(logits / c) (Gemma 2)
     query_layer: Block | None = None  # on top of all, with embeddings of places as queries (PanGu-alpha, 2104.12369)
-    memory: int = Field(
-        0, ge=0
-    )  # tokens before a segment that its layers see as they were (Transformer-XL, 1901.02860)
+    memory: int = Field(0, ge=0)  # tokens before a segment that layers see as they were (Transformer-XL, 1901.02860)
 
     @model_validator(mode="after")
     def _query_layer_fits(self):
@@ -583,7 +581,7 @@ class EncoderConfig(Stack):
         return merge({"block": {"attention": {"mask": {"kind": "full"}}}}, tree) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
-    def _heads_differ(self):
+    def _parts_agree(self):
         if self.convolution is not None and self.pattern:
             raise ValueError("convolution stands beside the first of layers that are alike; take pattern away")
         if any(b.cross is not None for b in self.blocks):

@@ -13,7 +13,7 @@ from jaxllm.core.errors import ConfigError
 from jaxllm.core.shapes import Array, Bool, Float, Int, Key
 from jaxllm.models.config import Block as BlockConfig
 from jaxllm.models.config import DecoderConfig
-from jaxllm.models.layers.attention import KV, Tokens
+from jaxllm.models.layers.attention import KV, Kept, Tokens
 from jaxllm.models.layers.block import Block, Layer, Memory, Watch
 from jaxllm.models.layers.init import Weight, std
 from jaxllm.models.layers.linear import linear, lookup, to_vocabulary
@@ -25,18 +25,18 @@ from jaxllm.models.stack import Past, Stack, make, newest, row_tokens
 
 
 class Cache(NamedTuple):
-    """Keys and values of a left-padded batch: one entry a pattern slot [G, B, S, K, H], one a tail layer [B, S, K, H].
+    """Keys and values of a left-padded batch: one entry a pattern slot [G, B, K, S, H], one a tail layer [B, K, S, H].
 
     S is the capacity, or the window of a sliding-window layer if that is less: such a layer is a ring buffer in
     which token i stands at slot i mod S.
     """
 
-    blocks: tuple[KV, ...]
-    tail: tuple[KV, ...]
+    blocks: tuple[Kept, ...]
+    tail: tuple[Kept, ...]
     length: Int[Array, ""]  # tokens so far, padding included; alike for all rows
     pad_B: Int[Array, " B"]  # padding tokens at the left of each row
     prefix_B: Int[Array, " B"]  # tokens of the bidirectional prefix
-    query: KV | None = None  # of the query layer
+    query: Kept | None = None  # of the query layer
     cross: tuple[tuple[KV, ...], tuple[KV, ...]] | None = None  # of an encoder's output, for `blocks` and `tail`
     memory: Memory | None = None  # where that output's tokens stand
 
@@ -249,15 +249,13 @@ class Decoder(Stack):
         query = None
         if self.cfg.query_layer:
             x_BTD, kv = self.top(self.final(x_BTD), tokens)
-            query = jax.tree.map(functools.partial(ring, size=cache_size(self.cfg.query_layer, capacity), axis=1), kv)
+            query = kept(kv, cache_size(self.cfg.query_layer, capacity))
         else:
             x_BTD = self.final(x_BTD[:, -1:])
         logits_BV = self.logits(x_BTD[:, -1:], table_VD)[:, 0]
         sizes = [cache_size(b, capacity) for b in self.cfg.blocks]
         cache = Cache(
-            blocks=tuple(jax.tree.map(functools.partial(ring, size=n, axis=2), kv) for kv, n in zip(blocks, sizes)),
-            tail=tuple(jax.tree.map(functools.partial(ring, size=n, axis=1), kv)
-                       for kv, n in zip(tail, itertools.cycle(sizes))),
+            blocks=tuple(map(kept, blocks, sizes)), tail=tuple(map(kept, tail, itertools.cycle(sizes))),
             length=jnp.int32(T), pad_B=pad_B, prefix_B=prefix_B, query=query,
         )  # fmt: skip
         return logits_BV, cache
@@ -272,20 +270,20 @@ class Decoder(Stack):
         layer = self.context(tokens, cache.memory)
         cross_blocks, cross_tail = cache.cross or ((None,) * len(self.blocks), (None,) * len(self.tail))
 
-        def write(all_kv: KV, new: KV, group: Int[Array, ""] | None) -> tuple[KV, KV, Tokens]:
+        def write(all_kv: Kept, new: KV, group: Int[Array, ""] | None) -> tuple[Kept, KV, Tokens]:
             """The stacked cache with `new` in it, this layer's part of it, and where its tokens stand."""
-            size = all_kv.k_BSKH.shape[-3]
+            size, one = all_kv.k_BKSH.shape[-2], kept(new, 1)
             slot = now % size
             if group is None:
-                out = jax.tree.map(lambda a, n: jax.lax.dynamic_update_slice_in_dim(a, n, slot, 1), all_kv, new)
+                out = jax.tree.map(lambda a, n: jax.lax.dynamic_update_slice_in_dim(a, n, slot, 2), all_kv, one)
                 here = out
             else:
                 out = jax.tree.map(
-                    lambda a, n: jax.lax.dynamic_update_slice(a, n[None], (group, 0, slot, 0, 0)), all_kv, new
+                    lambda a, n: jax.lax.dynamic_update_slice(a, n[None], (group, 0, 0, slot, 0)), all_kv, one
                 )
                 here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, group, 0, keepdims=False), out)
             index = now - (now - jnp.arange(size)) % size  # slot j holds the newest token i <= now with i = j mod size
-            return out, here, self.padded_tokens(index[None], cache.pad_B, cache.prefix_B)
+            return out, here.seen(), self.padded_tokens(index[None], cache.pad_B, cache.prefix_B)
 
         def group_step(carry, group_blocks):
             x_BTD, kvs = carry
@@ -336,7 +334,7 @@ class Decoder(Stack):
                     "no next-token generation; use causal, or `some` of causal and prefix"
                 )
 
-    def _decode_layer(self, block: Block, x_BTD: Array, layer: Layer, write, cross: KV | None) -> tuple[Array, KV]:
+    def _decode_layer(self, block: Block, x_BTD: Array, layer: Layer, write, cross: KV | None) -> tuple[Array, Kept]:
         written = []
 
         def remember(new: KV) -> tuple[KV, Tokens]:
@@ -357,9 +355,14 @@ def cache_size(block: BlockConfig, capacity: int) -> int:
     return min(block.attention.window or capacity, capacity)
 
 
-def ring(x: Array, size: int, axis: int) -> Array:
-    """The last `size` of T entries of `axis` at the slots i mod size; with zeros where there are fewer."""
-    T = x.shape[axis]
-    if T <= size:
-        return jnp.pad(x, [(0, size - T if a == axis else 0) for a in range(x.ndim)])
-    return jnp.roll(jax.lax.slice_in_dim(x, T - size, T, axis=axis), T % size, axis=axis)
+def kept(kv: KV, size: int) -> Kept:
+    """The last `size` of all tokens, token i at slot i mod size; zeros where there are fewer."""
+
+    def ring(x_BSKH: Float[Array, "*G B S K H"]) -> Float[Array, "*G B K _ H"]:
+        x_BKSH = x_BSKH.swapaxes(-3, -2)
+        S = x_BKSH.shape[-2]
+        if S <= size:
+            return jnp.pad(x_BKSH, [(0, 0)] * (x_BKSH.ndim - 2) + [(0, size - S), (0, 0)])
+        return jnp.roll(x_BKSH[..., S - size :, :], S % size, axis=-2)
+
+    return Kept(*map(ring, kv))

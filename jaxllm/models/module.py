@@ -62,13 +62,18 @@ def for_decoding(model: Model) -> Model:
     """The model as this platform decodes it fastest.
 
     On CPU that is a decoder without stacks, each layer's weights in arrays of their own: XLA's CPU backend copies them
-    out of a stack at every token, which is as much work as what is done with them.
+    out of a stack at every token, which is as much work as what is done with them. Queries, keys and values are one
+    product.
     """
     if jax.default_backend() != "cpu" or not isinstance(model, Decoder) or not model.blocks:
         return model
     params = layout.unstack(split(model)[1], model.cfg)
     named = {re.sub(r"^layers\.", "tail.", name): x for name, x in params.items()}
-    return merge(_unstacked(model.cfg), named)
+    apart = merge(_unstacked(model.cfg), named)
+    if model.cfg.relative is None:  # else what is learned of distance may be projected by one of them
+        for block in apart.tail:
+            block.attention.fuse()
+    return apart
 
 
 @functools.cache

@@ -28,8 +28,8 @@ def trained(path: Path, **control) -> sentencepiece.SentencePieceProcessor:
     """A small model of unigrams, written to `path`."""
     with open(path, "wb") as out:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXT.splitlines()), model_writer=out, model_type="unigram", vocab_size=300,
-            character_coverage=0.995, minloglevel=2, **control,
+            sentence_iterator=iter(TEXT.splitlines()), model_writer=out, model_type="unigram",
+            character_coverage=0.995, minloglevel=2, **{"vocab_size": 300} | control,
         )  # fmt: skip
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
@@ -61,12 +61,22 @@ def test_a_sentencepiece_file_has_the_ids_of_its_family(kind, tmp_path):
     assert (again.prefix(), again.encode(TEXT), again.suffix()) == (start, ours.encode(TEXT), ours.suffix())
 
 
+def test_what_no_piece_has_becomes_bytes_where_the_file_says_so(tmp_path):
+    library = trained(tmp_path / "spiece.model", **FILE["T5"][1], byte_fallback=True, vocab_size=600)
+    write(tmp_path, tokenizer_config={"tokenizer_class": "T5Tokenizer", "extra_ids": 0})
+    ours, _ = read_folder(tmp_path)
+    for text in ("a 🦩 b", "日本", "plain text"):
+        assert ours.encode(text) == library.encode(text) and ours.decode(ours.encode(text)) == text
+    assert library.unk_id() not in library.encode("a 🦩 b")
+
+
 def test_the_family_is_known_by_the_model_where_no_tokenizer_class_is_named(tmp_path):
     trained(tmp_path / "spiece.model", **FILE["T5"][1])
     write(tmp_path, config={"model_type": "mt5"}, tokenizer_config={"extra_ids": 0})
     ours, start = read_folder(tmp_path)
     assert (ours.vocab_size, start, ours.suffix(), ours.token_id("<extra_id_0>")) == (300, (), (1,), None)
     write(tmp_path, config={"model_type": "reformer"})
+    assert not has_tokenizer(tmp_path)
     with pytest.raises(DataError, match="ids of a SentencePiece model of model_type='reformer' are not known here"):
         read_folder(tmp_path)
 

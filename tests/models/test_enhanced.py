@@ -70,7 +70,7 @@ def test_the_last_layer_is_asked_by_place_as_the_paper_says(name, tmp_path):
     np.testing.assert_allclose(np.asarray(ours)[real > 0], wanted.numpy()[real > 0], atol=1e-4, rtol=0)
 
 
-def test_only_masked_tokens_are_told_their_absolute_place_and_other_heads_see_no_change():
+def test_only_the_mlm_head_is_told_absolute_places():
     cfg = EncoderConfig.model_validate(SMALL)
     params = create(cfg, jax.random.key(0))
     assert sum(x.size for x in params.values()) == parameters(cfg)

@@ -9,7 +9,8 @@ import pytest
 
 from jaxllm.core.errors import ConfigError
 from jaxllm.inference.generate import generate
-from jaxllm.models.config import DecoderConfig
+from jaxllm.models.config import DecoderConfig, EncoderConfig
+from jaxllm.models.count import parameters
 from jaxllm.models.layers.position import sinusoids
 from jaxllm.models.module import abstract, create, merge, split
 from jaxllm.models.positions import Sinusoidal
@@ -91,7 +92,15 @@ def test_heads_are_computed_as_a_loop_over_them_would():
         x = x + weights / weights.sum(-1, keepdims=True) @ v @ w["w_o"][head]
     whole = create(cfg, jax.random.key(0))
     whole = {n: 0 * p if n.endswith("w_down") else p for n, p in whole.items()}
-    np.testing.assert_allclose(logits(cfg, whole, tokens()), x @ np.asarray(params["head"]), atol=1e-5)
+    np.testing.assert_allclose(logits(cfg, whole, tokens()), x @ np.asarray(params["head"]), atol=1e-6)
+
+
+def test_layers_that_are_repeated_have_the_weights_of_one():
+    """Lan et al. 2019, arXiv:1909.11942, section 3.1."""
+    sizes = {"vocab": V, "context": 16, "embed": 16, "num_layers": 1, "block": {"attention": {"num_heads": 4}}}
+    one, twelve = (EncoderConfig.model_validate(sizes | {"repeat": n}) for n in (1, 12))
+    shapes = lambda cfg: {n: x.shape for n, x in abstract(cfg)[1].items()}
+    assert shapes(one) == shapes(twelve) and parameters(one) == parameters(twelve)
 
 
 def test_without_positions_and_causal_mask_the_order_of_tokens_is_not_seen():

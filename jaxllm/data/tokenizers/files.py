@@ -64,7 +64,10 @@ def is_tokenizer(name: str) -> bool:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether `read_folder` would find files to read."""
-    return any(is_tokenizer(p.name) for p in folder.iterdir())
+    names = {p.name for p in folder.iterdir() if is_tokenizer(p.name)} - {"merges.txt"}
+    if not (folder / "merges.txt").is_file():  # words of Marian: their pieces are in files of other names
+        names.discard("vocab.json")
+    return bool(names) and not (names <= set(unigrams.FILES) and not unigrams.knows(folder))
 
 
 # --- kinds that have libraries of their own ------------------------------------------------------------------------

@@ -127,9 +127,11 @@ def read(path: Path, said: Beside) -> tuple[Tree, Mapping[str, str]]:
     steps += [] if form.words else [replace({"Regex": " {2,}"}, " ")]
     spaces = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
     unknown = file.trainer_spec.unk_id if form.unknown is None else form.unknown
-    model = {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": False}
+    fallback = file.trainer_spec.byte_fallback
+    model = {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": fallback}
     tree = tree_of(
-        model, normalizer=sequence("normalizers", steps), decoder=spaces,
+        model, normalizer=sequence("normalizers", steps),
+        decoder=sequence("decoders", [{"type": "ByteFallback"}, spaces]) if fallback else spaces,
         pre_tokenizer=sequence("pretokenizers", [*([{"type": "WhitespaceSplit"}] if form.words else []), spaces]),
     )  # fmt: skip
     tree["added_tokens"] = [
@@ -139,11 +141,21 @@ def read(path: Path, said: Beside) -> tuple[Tree, Mapping[str, str]]:
     return tree, form.roles
 
 
+def knows(folder: Path) -> bool:
+    """Whether the folder is of a family that is known here."""
+    return _form_of(read_object(folder / "tokenizer_config.json"), read_object(folder / "config.json"))[0] is not None
+
+
+def _form_of(beside: Tree, config: Tree) -> tuple[Callable[[Beside], Form] | None, str | None]:
+    """The form of the family that a tokenizer_config.json or config.json names, and the tokenizer class, if it is."""
+    named = beside.get("tokenizer_class") or config.get("tokenizer_class")
+    kind = str(named or "").removesuffix("Fast").removesuffix("Tokenizer")
+    return CLASSES.get(kind) if named else MODEL_TYPES.get(str(config.get("model_type"))), named
+
+
 def _form(path: Path, said: Beside) -> Callable[[Beside], Form]:
     config = read_object(path.parent / "config.json")
-    named = said.config.get("tokenizer_class") or config.get("tokenizer_class")
-    kind = str(named or "").removesuffix("Fast").removesuffix("Tokenizer")
-    form = CLASSES.get(kind) if named else MODEL_TYPES.get(str(config.get("model_type")))
+    form, named = _form_of(said.config, config)
     if form is None:
         what = f"of tokenizer_class={named!r}" if named else f"of model_type={config.get('model_type')!r}"
         raise DataError(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,17 @@ class KV(NamedTuple):
     v_BSKH: Float[Array, "B S K H"]
 
 
+class Kept(NamedTuple):
+    """Keys and values of one layer as a cache holds them: heads before tokens, the order in which products read them."""
+
+    k_BKSH: Float[Array, "*G B K S H"]
+    v_BKSH: Float[Array, "*G B K S H"]
+
+    def seen(self) -> KV:
+        """What attention is given."""
+        return KV(*(x.swapaxes(-3, -2) for x in self))
+
+
 class Attention(nnx.Module):
     """Multi-head, grouped-query or multi-query attention (sources stand with its config)."""
 
@@ -86,10 +97,27 @@ class Attention(nnx.Module):
             self.inner_norm = Norm(block.norm, heads=N, head_dim=H)
         self.relative = None if cross else relative.make(cfg, N, H, rngs=rngs, layered=True)
 
+    def fuse(self) -> None:
+        """Makes one weight of those of queries, keys and values: to compute one token, three small products are slow."""
+        apart = self.w_q, self.w_k, self.w_v
+        self.w_qkv = nnx.Param(jnp.concatenate([w[...].reshape(w.shape[0], -1) for w in apart], axis=1))
+        del self.w_q, self.w_k, self.w_v
+
+    def projected(self, x_BTD: Float[Array, "B T D"], name: Literal["q", "k", "v"]) -> Float[Array, "B T N H"]:
+        """What the weight of that name makes of `x_BTD`."""
+        heads, K, (N, H) = "heads" if name == "q" else "kv_heads", self.cfg.kv_heads, self.w_o.shape[:2]
+        x_axes, w_axes = (*ROWS, "embed"), ("embed", heads, "head_dim")
+        if not hasattr(self, "w_qkv"):
+            w = getattr(self, f"w_{name}")[...]
+            return linear("BTD,DNH->BTNH", x_BTD, w, x_axes, w_axes, (*ROWS, *w_axes[1:]))
+        # Of three that are the same XLA computes one.
+        y_BTF = linear("BTD,DF->BTF", x_BTD, self.w_qkv[...], x_axes, w_axes[:2], (*ROWS, heads))
+        first, count = {"q": (0, N), "k": (N, K), "v": (N + K, K)}[name]
+        return y_BTF.reshape(*y_BTF.shape[:2], N + 2 * K, H)[:, :, first : first + count]
+
     def queries(self, x_BTD: Float[Array, "B T D"], rotations: tuple[Rotation, ...]) -> Float[Array, "B T N H"]:
         """Queries of `x_BTD`, normed and rotated; `rotations` are those of `Stack.ropes`."""
-        x_axes, q_axes = (*ROWS, "embed"), ("embed", "heads", "head_dim")
-        q_BTNH = linear("BTD,DNH->BTNH", x_BTD, self.w_q[...], x_axes, q_axes, (*ROWS, *q_axes[1:]))
+        q_BTNH = self.projected(x_BTD, "q")
         q_BTNH = self._cut(q_BTNH + self.b_q[...] if self.cfg.bias else q_BTNH)
         if self.cfg.qk_norm:
             q_BTNH = self.q_norm(q_BTNH)
@@ -99,9 +127,7 @@ class Attention(nnx.Module):
 
     def keys_values(self, x_BTD: Float[Array, "B T D"], rotations: tuple[Rotation, ...]) -> KV:
         """Keys, normed and rotated, and values of `x_BTD`."""
-        x_axes, kv_axes = (*ROWS, "embed"), ("embed", "kv_heads", "head_dim")
-        k_BTKH = linear("BTD,DKH->BTKH", x_BTD, self.w_k[...], x_axes, kv_axes, (*ROWS, *kv_axes[1:]))
-        v_BTKH = linear("BTD,DKH->BTKH", x_BTD, self.w_v[...], x_axes, kv_axes, (*ROWS, *kv_axes[1:]))
+        k_BTKH, v_BTKH = self.projected(x_BTD, "k"), self.projected(x_BTD, "v")
         if self.cfg.bias:
             k_BTKH = k_BTKH + self.b_k[...] if self.cfg.key_bias else k_BTKH
             v_BTKH = v_BTKH + self.b_v[...]
