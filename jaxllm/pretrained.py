@@ -164,7 +164,8 @@ def _said_of_texts(folder: Path) -> dict[str, bytes]:
 
 def end_ids(files: Mapping[str, bytes]) -> tuple[int, ...]:
     """Ids that end what a model says, by the files of its folder: generation_config.json, or else config.json."""
-    return _ids(_generation(files).get("eos_token_id"))
+    said = _json(files.get("config.json")) | _json(files.get("generation_config.json"))
+    return _ids(said.get("eos_token_id"))
 
 
 def output_of(files: Mapping[str, bytes]) -> Output:
@@ -177,12 +178,9 @@ def output_of(files: Mapping[str, bytes]) -> Output:
     found = {role: min(ids) for role, key in keys.items() if (ids := _ids(said.get(key)))}
     words = said.get("bad_words_ids")
     words = [word[0] for word in words if isinstance(word, list) and len(word) == 1] if isinstance(words, list) else []
-    never = dict.fromkeys([*(i for i in _ids(words) if i not in end_ids(files)), *_ids(said.get("suppress_tokens"))])
+    ends = end_ids(files)
+    never = dict.fromkeys([*(i for i in _ids(words) if i not in ends), *_ids(said.get("suppress_tokens"))])
     return Output(**found, never=tuple(never))
-
-
-def _generation(files: Mapping[str, bytes]) -> dict[str, Any]:
-    return _json(files.get("config.json")) | _json(files.get("generation_config.json"))
 
 
 def _ids(said: Any) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxllm.core.errors import CheckpointError, ConfigError
 from jaxllm.core.shapes import Array, Float, Int
 from jaxllm.inference.config import Pool
-from jaxllm.inference.generate import bucket
+from jaxllm.inference.generate import bucket, check_vocabulary
 from jaxllm.models.config import AnyModel
 from jaxllm.models.module import Model, Params, merge, split
 
@@ -52,11 +52,8 @@ def embed(
       CheckpointError: weights that give NaN.
     """
     rows, long = rows_of(tokenizer, texts, start, end, _room(model.cfg, pool, max_tokens, len(start) + len(end)))
-    if wrong := [i for row in rows for i in row if not 0 <= i < model.cfg.vocab]:
-        raise ConfigError(
-            f"a text has token id {wrong[0]}, the model's vocabulary is 0 to {model.cfg.vocab - 1}: was it made by the "
-            "tokenizer that the model was trained with?"
-        )
+    for row in rows:
+        check_vocabulary(model.cfg, "a text", row)
     if cut and long:
         cut(long)
     graphdef, params = split(model)

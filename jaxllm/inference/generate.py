@@ -327,6 +327,15 @@ def held_back(text: str, stop: Sequence[str]) -> int:
     return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
+def check_vocabulary(cfg: AnyModel, name: str, tokens: Sequence[int]) -> None:
+    """Raises ConfigError, of what is called `name`, if a token is none of the model's."""
+    if wrong := [t for t in tokens if not 0 <= t < cfg.vocab]:
+        raise ConfigError(
+            f"{name} has token id {wrong[0]}, the model's vocabulary is 0 to {cfg.vocab - 1}: was it made by the "
+            "tokenizer that the model was trained with?"
+        )
+
+
 def _check(cfg: AnyModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, output: Output) -> None:
     if cfg.kind == "encoder":
         raise ConfigError("model.kind=encoder reads but does not write: generation needs a decoder or encoder-decoder")
@@ -342,11 +351,7 @@ def _check(cfg: AnyModel, prompts: Sequence[Sequence[int]], max_new_tokens: int,
         n = len(prompt)
         if not n:
             raise ConfigError(f"prompt {i} has no tokens: there must be one to go on from, such as BOS")
-        if wrong := [t for t in prompt if not 0 <= t < cfg.vocab]:
-            raise ConfigError(
-                f"prompt {i} has token id {wrong[0]}, the model's vocabulary is 0 to {cfg.vocab - 1}: was it made by "
-                "the tokenizer that the model was trained with?"
-            )
+        check_vocabulary(cfg, f"prompt {i}", prompt)
         if cfg.kind == "encoder_decoder":
             if n > cfg.encoder.context:
                 raise ConfigError(

@@ -410,7 +410,8 @@ DEBERTA = Family(
         linear("attention.self.pos_q_proj", "attention.relative.q"),
     )),
     sizes=SIZES, fixed=FIXED | {"block.attention.key_bias": False}, defaults=_DEBERTA | {"vocab_size": 50265},
-    only=_LEGACY | {"talking_head": False}, parts=(SEGMENTS, DISENTANGLED, heads(of_bert("Deberta", pooler=None, classifier="gelu"))),
+    only=_LEGACY | {"talking_head": False},
+    parts=(SEGMENTS, DISENTANGLED, heads(of_bert("Deberta", pooler=None, classifier="gelu"))),
     drop=("position_ids",), model=EncoderConfig, repeats=TWICE,
 )  # fmt: skip
 DEBERTA_V2 = Family(
@@ -424,7 +425,8 @@ DEBERTA_V2 = Family(
         "vocab_size": 128100, "hidden_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 24,
         "intermediate_size": 6144,
     },
-    only=_LEGACY, parts=(SEGMENTS, DISENTANGLED, CONVOLUTION, heads(of_bert("DebertaV2", pooler=None, classifier="gelu"))),
+    only=_LEGACY,
+    parts=(SEGMENTS, DISENTANGLED, CONVOLUTION, heads(of_bert("DebertaV2", pooler=None, classifier="gelu"))),
     drop=("position_ids",), model=EncoderConfig, repeats=TWICE,
 )  # fmt: skip
 

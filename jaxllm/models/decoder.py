@@ -13,7 +13,7 @@ from jaxllm.core.errors import ConfigError
 from jaxllm.core.shapes import Array, Bool, Float, Int, Key
 from jaxllm.models.config import Block as BlockConfig
 from jaxllm.models.config import DecoderConfig
-from jaxllm.models.layers.attention import KV, Kept, Tokens
+from jaxllm.models.layers.attention import KV, Cached, Tokens
 from jaxllm.models.layers.block import Block, Layer, Memory, Watch
 from jaxllm.models.layers.init import Weight, std
 from jaxllm.models.layers.linear import linear, lookup, to_vocabulary
@@ -31,12 +31,12 @@ class Cache(NamedTuple):
     which token i stands at slot i mod S.
     """
 
-    blocks: tuple[Kept, ...]
-    tail: tuple[Kept, ...]
+    blocks: tuple[Cached, ...]
+    tail: tuple[Cached, ...]
     length: Int[Array, ""]  # tokens so far, padding included; alike for all rows
     pad_B: Int[Array, " B"]  # padding tokens at the left of each row
     prefix_B: Int[Array, " B"]  # tokens of the bidirectional prefix
-    query: Kept | None = None  # of the query layer
+    query: Cached | None = None  # of the query layer
     cross: tuple[tuple[KV, ...], tuple[KV, ...]] | None = None  # of an encoder's output, for `blocks` and `tail`
     memory: Memory | None = None  # where that output's tokens stand
 
@@ -249,13 +249,13 @@ class Decoder(Stack):
         query = None
         if self.cfg.query_layer:
             x_BTD, kv = self.top(self.final(x_BTD), tokens)
-            query = kept(kv, cache_size(self.cfg.query_layer, capacity))
+            query = cached(kv, cache_size(self.cfg.query_layer, capacity))
         else:
             x_BTD = self.final(x_BTD[:, -1:])
         logits_BV = self.logits(x_BTD[:, -1:], table_VD)[:, 0]
         sizes = [cache_size(b, capacity) for b in self.cfg.blocks]
         cache = Cache(
-            blocks=tuple(map(kept, blocks, sizes)), tail=tuple(map(kept, tail, itertools.cycle(sizes))),
+            blocks=tuple(map(cached, blocks, sizes)), tail=tuple(map(cached, tail, itertools.cycle(sizes))),
             length=jnp.int32(T), pad_B=pad_B, prefix_B=prefix_B, query=query,
         )  # fmt: skip
         return logits_BV, cache
@@ -270,9 +270,9 @@ class Decoder(Stack):
         layer = self.context(tokens, cache.memory)
         cross_blocks, cross_tail = cache.cross or ((None,) * len(self.blocks), (None,) * len(self.tail))
 
-        def write(all_kv: Kept, new: KV, group: Int[Array, ""] | None) -> tuple[Kept, KV, Tokens]:
+        def write(all_kv: Cached, new: KV, group: Int[Array, ""] | None) -> tuple[Cached, KV, Tokens]:
             """The stacked cache with `new` in it, this layer's part of it, and where its tokens stand."""
-            size, one = all_kv.k_BKSH.shape[-2], kept(new, 1)
+            size, one = all_kv.k_BKSH.shape[-2], cached(new, 1)
             slot = now % size
             if group is None:
                 out = jax.tree.map(lambda a, n: jax.lax.dynamic_update_slice_in_dim(a, n, slot, 2), all_kv, one)
@@ -334,7 +334,7 @@ class Decoder(Stack):
                     "no next-token generation; use causal, or `some` of causal and prefix"
                 )
 
-    def _decode_layer(self, block: Block, x_BTD: Array, layer: Layer, write, cross: KV | None) -> tuple[Array, Kept]:
+    def _decode_layer(self, block: Block, x_BTD: Array, layer: Layer, write, cross: KV | None) -> tuple[Array, Cached]:
         written = []
 
         def remember(new: KV) -> tuple[KV, Tokens]:
@@ -355,7 +355,7 @@ def cache_size(block: BlockConfig, capacity: int) -> int:
     return min(block.attention.window or capacity, capacity)
 
 
-def kept(kv: KV, size: int) -> Kept:
+def cached(kv: KV, size: int) -> Cached:
     """The last `size` of all tokens, token i at slot i mod size; zeros where there are fewer."""
 
     def ring(x_BSKH: Float[Array, "*G B S K H"]) -> Float[Array, "*G B K _ H"]:
@@ -365,4 +365,4 @@ def kept(kv: KV, size: int) -> Kept:
             return jnp.pad(x_BKSH, [(0, 0)] * (x_BKSH.ndim - 2) + [(0, size - S), (0, 0)])
         return jnp.roll(x_BKSH[..., S - size :, :], S % size, axis=-2)
 
-    return Kept(*map(ring, kv))
+    return Cached(*map(ring, kv))

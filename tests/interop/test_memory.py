@@ -1,5 +1,6 @@
 """Models go through memory a few tensors at a time: peaks of processes that convert and load one of several shards."""
 
+import inspect
 import math
 import os
 import subprocess
@@ -11,15 +12,11 @@ import pytest
 from jaxllm.interop.folder import save_folder
 from jaxllm.interop.weights import logical_shapes
 from jaxllm.models.config import DecoderConfig
+from tests.interop import fuzz
 
 MB, SHARD = 1e6, 108e6  # bytes
 
-# Of what a process was before it became another program, `getrusage` counts the memory too; Linux's own account does not.
-PEAK = """
-def peak():
-    with open("/proc/self/status") as f:
-        return next(1024 * int(line.split()[1]) for line in f if line.startswith("VmHWM"))
-"""
+PEAK = "from pathlib import Path\n" + inspect.getsource(fuzz.peak)
 
 CONVERT = (
     PEAK

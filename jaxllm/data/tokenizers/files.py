@@ -64,10 +64,11 @@ def is_tokenizer(name: str) -> bool:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether `read_folder` would find files to read."""
-    names = {p.name for p in folder.iterdir() if is_tokenizer(p.name)} - {"merges.txt"}
-    if not (folder / "merges.txt").is_file():  # words of Marian: their pieces are in files of other names
-        names.discard("vocab.json")
-    return bool(names) and not (names <= set(unigrams.FILES) and not unigrams.knows(folder))
+    names = {p.name for p in folder.iterdir() if is_tokenizer(p.name)}
+    pair = {"vocab.json", "merges.txt"}
+    if not names >= pair:  # one alone is no tokenizer: Marian has the pieces of its words in other files
+        names -= pair
+    return unigrams.knows(folder) if names and names <= set(unigrams.FILES) else bool(names)
 
 
 # --- kinds that have libraries of their own ------------------------------------------------------------------------

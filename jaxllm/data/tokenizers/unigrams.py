@@ -109,7 +109,7 @@ def read(path: Path, said: Beside) -> tuple[Tree, Mapping[str, str]]:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as proto
 
-    form = _form(path, said)(said)
+    form = _form(path, said)
     try:
         file = proto.ModelProto.FromString(read_model(path))
     except DecodeError as e:
@@ -143,26 +143,26 @@ def read(path: Path, said: Beside) -> tuple[Tree, Mapping[str, str]]:
 
 def knows(folder: Path) -> bool:
     """Whether the folder is of a family that is known here."""
-    return _form_of(read_object(folder / "tokenizer_config.json"), read_object(folder / "config.json"))[0] is not None
+    return _maker(read_object(folder / "tokenizer_config.json"), read_object(folder / "config.json"))[0] is not None
 
 
-def _form_of(beside: Tree, config: Tree) -> tuple[Callable[[Beside], Form] | None, str | None]:
-    """The form of the family that a tokenizer_config.json or config.json names, and the tokenizer class, if it is."""
+def _maker(beside: Tree, config: Tree) -> tuple[Callable[[Beside], Form] | None, str | None]:
+    """What makes the form of the family that is named, by class or else by model type; and that class."""
     named = beside.get("tokenizer_class") or config.get("tokenizer_class")
     kind = str(named or "").removesuffix("Fast").removesuffix("Tokenizer")
     return CLASSES.get(kind) if named else MODEL_TYPES.get(str(config.get("model_type"))), named
 
 
-def _form(path: Path, said: Beside) -> Callable[[Beside], Form]:
+def _form(path: Path, said: Beside) -> Form:
     config = read_object(path.parent / "config.json")
-    form, named = _form_of(said.config, config)
-    if form is None:
+    made, named = _maker(said.config, config)
+    if made is None:
         what = f"of tokenizer_class={named!r}" if named else f"of model_type={config.get('model_type')!r}"
         raise DataError(
             f"{path}: ids of a SentencePiece model {what} are not known here; known: "
             f"{', '.join(CLASSES)}; give a tokenizer.json"
         )
-    return form
+    return made(said)
 
 
 def _around(form: Form, ids: Mapping[str, int]) -> Tree:

@@ -52,7 +52,7 @@ class KV(NamedTuple):
     v_BSKH: Float[Array, "B S K H"]
 
 
-class Kept(NamedTuple):
+class Cached(NamedTuple):
     """Keys and values of one layer as a cache holds them: heads before tokens, the order in which products read them."""
 
     k_BKSH: Float[Array, "*G B K S H"]
