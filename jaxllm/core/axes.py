@@ -18,7 +18,8 @@ Axes = tuple[str | None, ...]
 class Placement(Protocol):
     """What a run does to what its models name."""
 
-    platform: str  # of the devices: cpu, tpu, cuda
+    platform: str  # of the devices: cpu, tpu, gpu
+    chip: str  # their kind, in the maker's words
     spread: Callable[..., Any] | None  # attention over rows that several devices share; None: no device shares a row
 
     def constrain(self, x: Array, axes: Axes) -> Array: ...

@@ -107,6 +107,10 @@ class Placed:
     def platform(self) -> str:
         return self.mesh.devices.flat[0].platform
 
+    @property
+    def chip(self) -> str:
+        return self.mesh.devices.flat[0].device_kind
+
     def constrain(self, x: Array, axes: tuple[str | None, ...]) -> Array:
         return self._laid_out(x, fitting(self.mesh, self.rules, axes, x.shape, f"activation {axes}").spec)
 

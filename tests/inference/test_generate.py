@@ -110,7 +110,7 @@ def decoders(draw):
 
 # Each example compiles a program: to shrink one that fails would take many minutes.
 @pytest.mark.slow
-@settings(derandomize=True, max_examples=25, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@settings(derandomize=True, max_examples=16, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(
     fields=decoders(),
     lengths=st.tuples(st.integers(2, 6), st.integers(2, 6)),

@@ -140,7 +140,7 @@ def test_on_a_tpu_the_host_gains_what_the_device_loses(v5e):
 
 @pytest.mark.tpu_aot
 def test_on_a_tpu_activations_kept_on_the_host_leave_the_device(v5e):
-    longer = ("batch=32", "model.context=1024")
+    longer = ("batch=32", "model.context=1024", "model.num_layers=4")
     _, kept = compiled(v5e, "remat=save_attention", *longer)
     setup, away = compiled(v5e, "remat=offload", *longer)
     cfg = setup.cfg.model

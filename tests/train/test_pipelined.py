@@ -137,11 +137,11 @@ assert_trains_as_one_device("mesh.pipe=2", "accumulate=2", "model.position=learn
 @pytest.mark.parametrize("axes", [("fsdp", "tensor"), ("context", "tensor"), ("fsdp", "expert")], ids="-".join)
 def test_a_pipeline_goes_with_two_other_mesh_axes(axes):
     """On eight devices, in a process that may end: XLA's partitioner ends it over what it cannot cut."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here, here.parents[1])))
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     command = [sys.executable, "-c", EIGHT, *(f"mesh.{axis}=2" for axis in axes)]
-    ended = subprocess.run(
-        command, check=False, cwd=Path(__file__).parent, env=os.environ | flags, capture_output=True, text=True
-    )
+    ended = subprocess.run(command, check=False, env=os.environ | flags, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
 
 

@@ -22,7 +22,7 @@ from jaxllm.models.layers.position import Rotation, alibi_slopes, rotate, rotati
 from jaxllm.models.masks import Coords
 from jaxllm.models.positions import ALiBi, NoPosition
 from jaxllm.models.remat import recomputed
-from pallas_kernels.attention import splash
+from pallas_kernels.attention import api, masks, splash
 
 ROWS = ("batch", "seq")  # logical axes of the tokens of a batch
 
@@ -337,20 +337,27 @@ class Mixing:
         return -self.alibi.scale * slopes_N[None, :, None, None] * distance_BTS[:, None]
 
     def kernel_applies(self, place: Placement | None, q_BTNH: Array, k_BSKH: Array) -> bool:
-        """Whether the flash kernel takes this layer, here: a TPU's, for training (as many queries as keys)."""
+        """Whether a flash kernel takes this layer, here: a TPU's or Hopper's, for training (as many queries as keys)."""
         return (
-            (place is not None and place.platform == "tpu") and self.alibi is None and not self.cross
-            and q_BTNH.shape[1] == k_BSKH.shape[1] and self.cfg.mask.kind in ("causal", "full")
-            and splash.applies(q_BTNH, k_BSKH)
+            place is not None and self.alibi is None and not self.cross and q_BTNH.shape[1] == k_BSKH.shape[1]
+            and self.cfg.mask.kind in ("causal", "full")
+            and (splash.applies(q_BTNH, k_BSKH) if place.platform == "tpu" else api.applies(place.chip, q_BTNH, k_BSKH))
         )  # fmt: skip
 
     def kernel(
         self, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, document_BT: Int[Array, "B T"]
     ) -> Float[Array, "B T N H"]:
         """`whole` of one row of documents with itself, without a [T, S] array."""
-        return splash.attention(
-            q_BTNH, k_BSKH, v_BSKH, document_BT, causal=self.causal, window=self.cfg.window, scale=self.scale,
-            softcap=self.cfg.softcap, name="attention",
+        place = placement()
+        if place is None or place.platform == "tpu":
+            return splash.attention(
+                q_BTNH, k_BSKH, v_BSKH, document_BT, causal=self.causal, window=self.cfg.window, scale=self.scale,
+                softcap=self.cfg.softcap, name="attention",
+            )  # fmt: skip
+        near = masks.Window(self.cfg.window and self.cfg.window - 1, 0 if self.causal else None)
+        return api.attention(
+            q_BTNH, k_BSKH, v_BSKH, mask=near & masks.Documents(document_BT, document_BT), scale=self.scale,
+            softcap=self.cfg.softcap, implementation="gpu", name="attention",
         )  # fmt: skip
 
 

@@ -1,0 +1,48 @@
+"""Attention as it is defined: what every kernel is tested against."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention.masks import Mask, dense
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKV: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    slopes_N: jax.Array | None = None,
+    shift: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """softmax(q k^T * scale) v over the visible keys, and the log of its denominator, [B, N, T] in float32.
+
+    A query that sees nothing gathers 0, and its log is -inf. Vaswani et al. 2017, arXiv:1706.03762, equation 1;
+    grouped heads: Ainslie et al. 2023, arXiv:2305.13245; soft cap: Gemma Team 2024, arXiv:2408.00118, section 2;
+    slopes: Press et al. 2021, arXiv:2108.12409.
+
+    Args:
+      slopes_N: -slope * distance is added to logits.
+      shift: query i stands at place i + shift of the keys, for distances.
+    """
+    (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    high = dict(precision="highest", preferred_element_type=jnp.float32)
+    logits_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, **high) * scale
+    if softcap is not None:
+        logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
+    if slopes_N is not None:
+        distance_TS = jnp.abs(jnp.arange(T)[:, None] + shift - jnp.arange(S)[None, :])
+        logits_BKGTS -= slopes_N.reshape(K, N // K, 1, 1) * distance_TS
+    seen_B11TS = jnp.asarray(dense(mask, T, S))[:, None, None]
+    logits_BKGTS = jnp.where(seen_B11TS, logits_BKGTS, -jnp.inf)
+    top_BKGT1 = jnp.maximum(logits_BKGTS.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)
+    weights_BKGTS = jnp.where(seen_B11TS, jnp.exp(logits_BKGTS - jax.lax.stop_gradient(top_BKGT1)), 0)
+    total_BKGT1 = weights_BKGTS.sum(-1, keepdims=True)
+    some_BKGT1 = total_BKGT1 > 0
+    total_BKGT1 = jnp.where(some_BKGT1, total_BKGT1, 1)
+    o_BTKGV = jnp.einsum("BKGTS,BSKV->BTKGV", weights_BKGTS / total_BKGT1, v_BSKV.astype(jnp.float32), **high)
+    log_BKGT = jnp.where(some_BKGT1, top_BKGT1 + jnp.log(total_BKGT1), -jnp.inf)[..., 0]
+    return o_BTKGV.reshape(B, T, N, -1).astype(v_BSKV.dtype), log_BKGT.reshape(B, N, T)

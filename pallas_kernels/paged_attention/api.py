@@ -1,0 +1,63 @@
+"""Attention over a paged cache by whatever is best where it runs."""
+
+import jax
+
+from pallas_kernels.attention.api import IMPLEMENTATIONS, on_hopper
+from pallas_kernels.paged_attention import reference
+
+
+def paged_attention(
+    q_BTNH: jax.Array,
+    k_PKLH: jax.Array,
+    v_PKLH: jax.Array,
+    table_BM: jax.Array,
+    length_B: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
+    k_scale_PKL: jax.Array | None = None,
+    v_scale_PKL: jax.Array | None = None,
+    implementation: str | None = None,
+    parts: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """What `reference.paged_attention` says: the last T tokens of each sequence over its pages, [B, T, N, H].
+
+    Pages must hold finite numbers, also behind the end of a sequence.
+
+    Args:
+      implementation: one of IMPLEMENTATIONS; None takes the best that applies.
+      parts: of a sequence that the GPU's kernel works on at the same time; None: by the sizes.
+      interpret: runs the kernel on any platform, slowly: for tests.
+
+    Raises:
+      ValueError: shapes that do not match, or arrays that a given implementation cannot take.
+    """
+    (B, _, N, H), (P, K, L, _) = q_BTNH.shape, k_PKLH.shape
+    if k_PKLH.shape != (P, K, L, H) or v_PKLH.shape != k_PKLH.shape or N % K:
+        raise ValueError(
+            f"q {q_BTNH.shape} and pages {k_PKLH.shape} and {v_PKLH.shape} must be [B, T, N, H] and [P, K, L, H] with N a "
+            "multiple of K"
+        )
+    if table_BM.ndim != 2 or len(table_BM) != B or length_B.shape != (B,):
+        raise ValueError(f"table {table_BM.shape} and lengths {length_B.shape} must be [{B}, M] and [{B}]")
+    if (k_scale_PKL is None) != (v_scale_PKL is None):
+        raise ValueError("k_scale_PKL and v_scale_PKL must be given both or neither")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
+    how = dict(
+        scale=scale, window=window, sinks=sinks, softcap=softcap, k_scale_PKL=k_scale_PKL, v_scale_PKL=v_scale_PKL
+    )
+    if implementation == "gpu" or implementation is None and on_hopper():
+        from pallas_kernels.paged_attention import gpu  # late: slow to load, and of no use elsewhere
+
+        why = gpu.why_not(q_BTNH, k_PKLH)
+        if why is None:
+            return gpu.paged_attention(
+                q_BTNH, k_PKLH, v_PKLH, table_BM, length_B, **how, parts=parts, interpret=interpret
+            )
+        if implementation == "gpu":
+            raise ValueError(f"implementation='gpu': {why}")
+    return reference.paged_attention(q_BTNH, k_PKLH, v_PKLH, table_BM, length_B, **how)

@@ -1,0 +1,151 @@
+"""Attention: the reference beside equation 1 in float64, and kernels beside the reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import logsumexp, softmax
+
+from pallas_kernels.attention import masks, reference
+from pallas_kernels.attention.api import attention
+from pallas_kernels.attention.masks import Causal, Documents, Prefix, Sinks, Window
+from tests.pallas_kernels.test_attention_masks import kinds
+
+
+def drawn(seed: int, B: int, T: int, S: int, N: int, K: int, H: int, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H)
+    return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def slow(q, k, v, mask, scale, softcap, slopes, shift):
+    """One query after the other, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    (B, T, N, _), (_, S, K, _) = q.shape, k.shape
+    seen = np.broadcast_to(np.asarray(masks.dense(mask, T, S)), (B, T, S))
+    o, lse = np.zeros(q.shape), np.full((B, N, T), -np.inf)
+    for b, n, t in np.ndindex(B, N, T):
+        keys = np.flatnonzero(seen[b, t])
+        if not len(keys):
+            continue
+        logits = k[b, keys, n // (N // K)] @ q[b, t, n] * scale
+        logits = softcap * np.tanh(logits / softcap) if softcap else logits
+        logits = logits - (0 if slopes is None else slopes[n] * np.abs(t + shift - keys))
+        o[b, t, n], lse[b, n, t] = softmax(logits) @ v[b, keys, n // (N // K)], logsumexp(logits)
+    return o, lse
+
+
+@given(
+    st.data(), st.sampled_from([(1, 1, 1), (2, 7, 5), (1, 12, 12)]), st.sampled_from([(4, 2), (3, 1)]),
+    st.none() | st.floats(1, 20), st.booleans(), st.integers(-5, 5),
+)  # fmt: skip
+@settings(max_examples=25, derandomize=True, deadline=None)
+def test_the_reference_is_equation_1_in_float64(data, sizes, heads, softcap, sloped, shift):
+    B, T, S = sizes
+    mask = data.draw(kinds(B, T, S))
+    q, k, v, _ = drawn(0, B, T, S, *heads, 8)
+    slopes = np.linspace(0.1, 1, heads[0]) if sloped else None
+    o, lse = reference.attention(
+        q, k, v, mask, scale=0.4, softcap=softcap, slopes_N=None if slopes is None else jnp.asarray(slopes), shift=shift
+    )
+    expected, log = slow(q, k, v, mask, 0.4, softcap, slopes, shift)
+    np.testing.assert_allclose(o, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(lse, log, rtol=1e-5, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_gets_0_and_gives_no_gradient():
+    q, k, v, do = drawn(0, 1, 6, 6, 2, 1, 8)
+    o, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask=Causal(-2)), q, k, v)
+    dq, dk, dv = pull(do)
+    assert not o[:, :2].any() and o[:, 2:].any() and not dq[:, :2].any()
+    assert all(bool(jnp.isfinite(x).all()) for x in (o, dq, dk, dv))
+    assert not dk[:, 4:].any() and not dv[:, 4:].any()
+
+
+def close(ours, exact, what: str):
+    ours, exact = (np.asarray(x, np.float64) for x in (ours, exact))
+    error, size = np.abs(ours - exact), np.abs(exact).max()
+    assert np.isfinite(ours).all(), what
+    assert error.max() <= 2e-2 * max(size, 1) and error.mean() <= 5e-3 * max(size, 1), (what, error.max(), size)
+
+
+def beside_the_reference(shape, mask, dtype=jnp.bfloat16, *, interpret=False, **how):
+    """Forward and gradients of the GPU's kernels, of inputs of `dtype`, beside those of the reference in float32."""
+    q, k, v, do = drawn(1, *shape, dtype)
+
+    def run(args, **kw):
+        o, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask=mask, **how, **kw), *args)
+        return o, *pull(do.astype(o.dtype))
+
+    ours = run((q, k, v), implementation="gpu", interpret=interpret)
+    exact = run([x.astype(jnp.float32) for x in (q, k, v)], implementation="reference")
+    for name, a, b in zip(("o", "dq", "dk", "dv"), ours, exact, strict=True):
+        assert a.dtype == dtype
+        close(a, b, name)
+    return ours
+
+
+CUTS = jnp.repeat(jnp.arange(1, 5), jnp.asarray([60, 20, 85, 35]))[None]  # 200 tokens
+
+
+def cases(length: int):
+    documents = jnp.tile(CUTS, (1, -(-length // 200)))[:, :length]
+    return {
+        "causal": (Causal(), {}),
+        "documents": (Causal() & Documents(documents, documents), {"softcap": 5.0}),
+        "window-sinks": ((Causal() & Window(30)) | (Sinks(3) & Causal()), {"slopes_N": jnp.asarray([0.5, 0.1])}),
+        "prefix": (Causal() | Prefix(jnp.asarray([length // 3])), {"scale": 0.3}),
+        "nothing": (Causal(-70), {}),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["documents", "window-sinks", "prefix", "nothing"])
+def test_the_gpu_kernel_interpreted_is_the_reference(case):
+    mask, how = cases(200)[case]
+    beside_the_reference((1, 200, 200, 2, 1, 64), mask, interpret=True, **how)
+
+
+@pytest.mark.slow
+def test_the_gpu_kernel_interpreted_is_the_reference_over_ragged_lengths():
+    beside_the_reference((1, 70, 100, 1, 1, 64), Causal(30), jnp.float16, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("H", [64, 128])
+@pytest.mark.parametrize("case", cases(200))
+def test_the_gpu_kernel_is_the_reference_and_gives_the_same_bits_again(hopper, case, H, dtype):
+    mask, how = cases(1000)[case]
+    first = beside_the_reference((1, 1000, 1000, 2, 1, H), mask, dtype, **how)
+    again = beside_the_reference((1, 1000, 1000, 2, 1, H), mask, dtype, **how)
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": (1, 8, 3, 64), "v": (1, 8, 3, 64)}, "N a multiple of K"),
+        ({"v": (1, 9, 1, 64)}, r"\[B, S, K, V\]"),
+        ({"q": (8, 2, 64)}, "4 dimensions"),
+        ({"implementation": "flash"}, "unknown implementation 'flash'; known: gpu, reference"),
+        ({"implementation": "gpu"}, "bfloat16 and float16, not float32"),
+        ({"scale": -1.0}, "scale=-1.0 must be positive"),
+        ({"slopes_N": jnp.ones(3)}, "one of each of 2 query heads"),
+        ({"mask": Prefix(jnp.ones(2, jnp.int32))}, r"of row in Prefix has shape \(2,\), wanted \(1,\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    shapes = {"q": (1, 8, 2, 64), "k": (1, 8, 1, 64), "v": (1, 8, 1, 64)}
+    arrays = [jnp.zeros(change.get(name, shape)) for name, shape in shapes.items()]
+    with pytest.raises(ValueError, match=message):
+        attention(*arrays, **{name: value for name, value in change.items() if name not in shapes})
+
+
+def test_a_head_that_the_kernel_cannot_take_is_told():
+    x = jnp.zeros((1, 8, 1, 80), jnp.bfloat16)
+    with pytest.raises(ValueError, match="heads of 64 and 128, not of 80"):
+        attention(x, x, x, implementation="gpu")
