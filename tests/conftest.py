@@ -5,7 +5,10 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+# Devices that wait 40 seconds for each other end the process, which a busy machine may take.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis

@@ -331,6 +331,8 @@ class _Walker:
         said = i.attribute(r"kernel_metadata=\{\s*([^\0]*?)\}\}, metadata") or ""
         operands = tuple(a for x in computation.operands(i) for a in x.arrays)
         name = re.sub(r"(\.clone|\.\d+)+$", "", i.name)
+        if name == "mpmd_map":  # Mosaic GPU's kernels are all called so: by the scope that they stand in
+            name = (i.attribute(r'op_name="[^"]*?([^"/]+)/mpmd_map') or name).removesuffix("/")
         kernel = Kernel(name, operands, i.arrays, known[0] if known else None, said)
         cost = self.kernel_cost(kernel)
         # A simulated kernel has all of HBM's bandwidth to itself in each of its copies: hold it to what there is.
@@ -395,6 +397,9 @@ class _Walker:
         if i.op.endswith("-start") or i.op in ("send", "recv"):
             return 0.0  # counted where it ends
         inputs = computation.operands(i)
+        if i.op == "fusion-done":  # XLA for GPUs copies slices, in place too, beside other work
+            start = inputs[0]
+            return self._fused_traffic(start._replace(arrays=i.arrays), computation.operands(start), space)
         if i.op.endswith("-done"):
             sources = computation.operands(inputs[0])[:1] if inputs else []
             sides = (*i.arrays[:1], *(a for x in sources for a in x.arrays[:1]))

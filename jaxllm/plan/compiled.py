@@ -164,6 +164,9 @@ def prove(
     begin()
     cpu, clock = time.process_time(), time.perf_counter()
     compiled, used, why, notes = _compile(lowered, options, on, setup.mesh)
+    if (cfg.offload.optimizer or cfg.offload.parameters) and setup.state.step.sharding.memory_kind is None:
+        # JAX drops memory kinds on devices that have no memories: GPUs that are not there
+        notes.append("offload is not in this program: what waits in host memory is counted on the device")
     made = Made(compiled, length, time.process_time() - cpu, time.perf_counter() - clock, used, why, tuple(notes))
     state = {name: _held(tree) for name, tree in (("params", setup.state.params), ("opt", setup.state.opt))}
     held = {
@@ -375,6 +378,9 @@ def attention_flops(k: Kernel, model: DecoderConfig, length: int) -> tuple[float
     if len(large) < 2:
         return 0.0, 0.0
     q, key = large[0].dims, large[1].dims
+    if k.name.startswith("hopper"):  # tokens before heads; backward, the gradient of the result comes second
+        whole = [a.dims for a in large if len(a.dims) == 4]
+        q, key = ((B, N, T, H) for B, T, N, H in (whole[0], whole[1 if len(whole) == 3 else 2]))
     pairs = math.prod(q[:-1]) * key[-2]
     if "dkv" in k.name:
         part, products = "_dkv", 5 if re.search(r"use_fused_bwd_kernel\W+true", k.metadata) else 4
@@ -384,7 +390,7 @@ def attention_flops(k: Kernel, model: DecoderConfig, length: int) -> tuple[float
     else:
         part, products = "", 5 if re.search(r"bwd|backward", k.name) else 2
         asked = products
-    blocks = [re.search(rf"\bblock_{side}{part}\W+(\d+)", k.metadata) for side in ("q", "kv")]
+    blocks = [re.search(rf"\bblock_{side}{part}\W+(\d+)", k.name + k.metadata) for side in ("q", "kv")]
     bq, bk = (int(b[1]) if b else 1 for b in blocks)
     layers = [model.layer(i).attention for i in range(model.num_layers)]
     seen = share = sum(visible_pairs(a, length) for a in layers) / len(layers) / length**2

@@ -182,6 +182,8 @@ def _cuda(on: Topology) -> list:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_autotune_level" not in flags:  # nothing can be timed here
         flags += " --xla_gpu_autotune_level=0"
+    if "xla_gpu_enable_triton_gemm" not in flags:  # untimed, it finds no tiling for some products, and gives up
+        flags += " --xla_gpu_enable_triton_gemm=false"
     if "xla_gpu_cuda_data_dir" not in flags and (toolkit := _ptxas()):
         flags += f" --xla_gpu_cuda_data_dir={toolkit}"
     os.environ["XLA_FLAGS"] = flags.strip()

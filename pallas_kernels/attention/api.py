@@ -1,7 +1,7 @@
-"""Attention by whatever is best where it runs; one definition, several implementations with equal results."""
+"""Attention by whatever is best where it runs: one definition, a reference and kernels that come close to it."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,15 @@ HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 class _Static(NamedTuple):
     """What does not change within a compiled program."""
 
-    implementation: str
     scale: float
     softcap: float | None
     shift: int
     name: str | None
     interpret: bool
+
+    def how(self, slopes_N: jax.Array | None) -> dict[str, Any]:
+        told = {name: value for name, value in self._asdict().items() if name != "name"}
+        return told | {"slopes_N": slopes_N}
 
 
 def attention(
@@ -37,6 +40,7 @@ def attention(
     shift: int = 0,
     implementation: str | None = None,
     name: str | None = None,
+    chip: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """softmax(q k^T * scale) v over the keys that each query sees, [B, T, N, V] of v's dtype; 0 where it sees none.
@@ -51,10 +55,11 @@ def attention(
       shift: query i stands at place i + shift of the keys, for distances; masks have their own.
       implementation: one of IMPLEMENTATIONS; None takes the best that applies.
       name: what rematerialisation policies know the result and the log-sum-exp by.
+      chip: `device_kind` of what this is compiled for; None: the default device.
       interpret: runs the kernel on any platform, slowly: for tests.
 
     Raises:
-      ValueError: shapes that do not match, or arrays that a given implementation cannot take.
+      ValueError: shapes that do not match, or what a given implementation cannot take.
     """
     (B, T, N, H), (_, S, K, _) = _shapes(q_BTNH, k_BSKH, v_BSKV)
     scale = H**-0.5 if scale is None else scale
@@ -63,27 +68,36 @@ def attention(
     if slopes_N is not None and slopes_N.shape != (N,):
         raise ValueError(f"slopes of shape {slopes_N.shape} must be one of each of {N} query heads")
     _check(mask, B, T, S)
+    why = None if interpret or on_hopper(chip) else f"it needs a Hopper GPU, this is {chip or _default().device_kind}"
     if implementation is None:
-        implementation = "gpu" if on_hopper() and _why_not("gpu", q_BTNH, k_BSKH, v_BSKV) is None else "reference"
+        implementation = "reference" if why or _why_not(q_BTNH, k_BSKH, v_BSKV) else "gpu"
     elif implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
-    elif why := _why_not(implementation, q_BTNH, k_BSKH, v_BSKV):
+    elif implementation == "gpu" and (why := _why_not(q_BTNH, k_BSKH, v_BSKV) or why):
         raise ValueError(f"implementation={implementation!r}: {why}")
-    static = _Static(implementation, float(scale), softcap, shift, name, interpret)
+    if implementation == "reference":
+        how = dict(scale=scale, softcap=softcap, slopes_N=slopes_N, shift=shift)
+        o_BTNV, _ = reference.attention(q_BTNH, k_BSKH, v_BSKV, mask, **how)
+        return o_BTNV if name is None else checkpoint_name(o_BTNV, name)
+    static = _Static(float(scale), softcap, shift, name, interpret)
     return _attention(static, q_BTNH, k_BSKH, v_BSKV, mask, slopes_N)
 
 
 def applies(chip: str, q_BTNH: jax.Array, k_BSKH: jax.Array) -> bool:
     """Whether a kernel takes arrays of these shapes and dtypes on a chip of this kind."""
-    return on_hopper(chip) and _why_not("gpu", q_BTNH, k_BSKH, k_BSKH) is None
+    return on_hopper(chip) and _why_not(q_BTNH, k_BSKH, k_BSKH) is None
 
 
 def on_hopper(chip: str | None = None) -> bool:
-    """Whether a chip of this kind (None: the default device) is one that the GPU kernels are written for."""
+    """Whether a chip of this `device_kind` (None: the default device) is one that the GPU kernels are written for."""
     if chip is None:
-        device = jax.devices()[0]
-        chip = device.device_kind if device.platform == "gpu" else ""
-    return any(word in HOPPER for word in chip.split())
+        chip = _default().device_kind if _default().platform == "gpu" else ""
+    return any(word.startswith(HOPPER) for word in chip.split())
+
+
+def _default() -> jax.Device:
+    chosen = jax.config.jax_default_device
+    return chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
 
 
 def _shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -104,15 +118,13 @@ def _check(mask: Mask, B: int, T: int, S: int) -> None:
     def check(x: jax.Array, role: str) -> jax.Array:
         wanted = {"queries": (B, T), "keys": (B, S), "row": (B,)}[role]
         if x.shape != wanted:
-            raise ValueError(f"an array of {role} in {type(mask).__name__} has shape {x.shape}, wanted {wanted}")
+            raise ValueError(f"a mask's array of {role} has shape {x.shape}, wanted {wanted}")
         return x
 
     mask.mapped(check)
 
 
-def _why_not(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
-    if implementation == "reference":
-        return None
+def _why_not(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
     from pallas_kernels.attention import gpu  # late: slow to load, and of no use elsewhere
 
     return gpu.why_not(q, k, v)
@@ -124,28 +136,20 @@ def _attention(static: _Static, q, k, v, mask, slopes_N):
 
 
 def _forward(static: _Static, q, k, v, mask, slopes_N):
-    how = dict(scale=static.scale, softcap=static.softcap, slopes_N=slopes_N, shift=static.shift)
-    if static.implementation == "reference":
-        o, lse = reference.attention(q, k, v, mask, **how)
-    else:
-        from pallas_kernels.attention import gpu
+    from pallas_kernels.attention import gpu
 
-        o, lse = gpu.forward(q, k, v, mask, **how, interpret=static.interpret)
+    o, lse = gpu.forward(q, k, v, mask, **static.how(slopes_N))
     if static.name is not None:
         o, lse = checkpoint_name(o, static.name), checkpoint_name(lse, static.name)
     return o, (q, k, v, o, lse, mask, slopes_N)
 
 
 def _backward(static: _Static, kept, do):
-    q, k, v, o, lse, mask, slopes_N = kept
-    how = dict(scale=static.scale, softcap=static.softcap, slopes_N=slopes_N, shift=static.shift)
-    if static.implementation == "reference":
-        dq, dk, dv = jax.vjp(lambda q, k, v: reference.attention(q, k, v, mask, **how)[0], q, k, v)[1](do)
-    else:
-        from pallas_kernels.attention import gpu
+    from pallas_kernels.attention import gpu
 
-        dq, dk, dv = gpu.backward(q, k, v, o, lse, do, mask, **how, interpret=static.interpret)
-    return dq, dk, dv, None, None if slopes_N is None else jnp.zeros_like(slopes_N)
+    q, k, v, o, lse, mask, slopes_N = kept
+    gradients = gpu.backward(q, k, v, o, lse, do, mask, **static.how(slopes_N))
+    return *gradients, None, None if slopes_N is None else jnp.zeros_like(slopes_N)
 
 
 _attention.defvjp(_forward, _backward)

@@ -78,7 +78,7 @@ def masked(rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE too")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     cases = [case(*sizes, args.rounds) for sizes in CASES]
     ratio = min(c[name]["ratio"] for c in cases for name in ("forward", "forward and backward"))

@@ -53,16 +53,16 @@ class Mask:
         return Or(self, other)
 
 
-def _mask(**roles: Role):
-    """A class of masks: fields are static, but for those that `roles` names."""
+def _mask(*masks: str, **roles: Role):
+    """A class of masks: fields are static, but for `masks` that it is made of and arrays, which `roles` names."""
 
     def decorate(cls):
         cls = dataclasses.dataclass(frozen=True)(cls)
         names = [f.name for f in dataclasses.fields(cls)]
         if roles:
             cls.mapped = lambda self, f: cls(**{n: f(getattr(self, n), roles[n]) for n in names})
-        static = [n for n in names if n not in roles and cls.__name__ not in ("And", "Or")]
-        return jax.tree_util.register_dataclass(cls, [n for n in names if n not in static], static)
+        data = (*masks, *roles)
+        return jax.tree_util.register_dataclass(cls, data, [n for n in names if n not in data])
 
     return decorate
 
@@ -181,8 +181,10 @@ class Prefix(Mask):
         return Seen((q.low >= 0) & (k.low < self.length.low), (q.low >= 0) & (k.high < self.length.low))
 
 
-@_mask()
+@_mask("a", "b")
 class And(Mask):
+    """What both show."""
+
     a: Mask
     b: Mask
 
@@ -197,8 +199,10 @@ class And(Mask):
         return And(self.a.mapped(f), self.b.mapped(f))
 
 
-@_mask()
+@_mask("a", "b")
 class Or(Mask):
+    """What either shows."""
+
     a: Mask
     b: Mask
 
@@ -238,7 +242,7 @@ def work(mask: Mask, q: int, k: int, T: int, S: int, *, by: Literal["queries", "
     """The work of blocks of `q` queries with blocks of `k` keys; numpy arrays if the mask has none.
 
     Args:
-      T: queries, those of the last block included that are there to fill it.
+      T: queries; the last block of them may be filled up with others, whose work does not matter.
       S: keys; later ones, in the last block of keys, nobody sees.
       by: what the rows of the answer are blocks of.
     """

@@ -13,7 +13,7 @@ def paged_attention(
     table_BM: jax.Array,
     length_B: jax.Array,
     *,
-    scale: float,
+    scale: float | None = None,
     window: int | None = None,
     sinks: int = 0,
     softcap: float | None = None,
@@ -25,9 +25,10 @@ def paged_attention(
 ) -> jax.Array:
     """What `reference.paged_attention` says: the last T tokens of each sequence over its pages, [B, T, N, H].
 
-    Pages must hold finite numbers, also behind the end of a sequence.
+    Pages must hold finite numbers, also behind the end of a sequence, and a sequence must be no longer than its pages.
 
     Args:
+      scale: H ** -0.5 if None; positive.
       implementation: one of IMPLEMENTATIONS; None takes the best that applies.
       parts: of a sequence that the GPU's kernel works on at the same time; None: by the sizes.
       interpret: runs the kernel on any platform, slowly: for tests.
@@ -36,28 +37,36 @@ def paged_attention(
       ValueError: shapes that do not match, or arrays that a given implementation cannot take.
     """
     (B, _, N, H), (P, K, L, _) = q_BTNH.shape, k_PKLH.shape
-    if k_PKLH.shape != (P, K, L, H) or v_PKLH.shape != k_PKLH.shape or N % K:
+    if k_PKLH.shape != (P, K, L, H) or v_PKLH.shape != k_PKLH.shape or v_PKLH.dtype != k_PKLH.dtype or N % K:
         raise ValueError(
-            f"q {q_BTNH.shape} and pages {k_PKLH.shape} and {v_PKLH.shape} must be [B, T, N, H] and [P, K, L, H] with N a "
-            "multiple of K"
+            f"q {q_BTNH.shape} and pages {k_PKLH.shape} of {k_PKLH.dtype} and {v_PKLH.shape} of {v_PKLH.dtype} must be "
+            "[B, T, N, H] and [P, K, L, H] of one dtype with N a multiple of K"
         )
     if table_BM.ndim != 2 or len(table_BM) != B or length_B.shape != (B,):
         raise ValueError(f"table {table_BM.shape} and lengths {length_B.shape} must be [{B}, M] and [{B}]")
-    if (k_scale_PKL is None) != (v_scale_PKL is None):
-        raise ValueError("k_scale_PKL and v_scale_PKL must be given both or neither")
+    scales = [x for x in (k_scale_PKL, v_scale_PKL) if x is not None]
+    if len(scales) == 1 or any(x.shape != (P, K, L) for x in scales):
+        shapes = ", ".join(str(x.shape) for x in scales)
+        raise ValueError(f"k_scale_PKL and v_scale_PKL must be given both, {(P, K, L)} each, or neither; got {shapes}")
+    scale = H**-0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"scale={scale} must be positive")
+    if parts is not None and parts < 1:
+        raise ValueError(f"parts={parts} must be at least 1")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
     how = dict(
         scale=scale, window=window, sinks=sinks, softcap=softcap, k_scale_PKL=k_scale_PKL, v_scale_PKL=v_scale_PKL
-    )
+    )  # fmt: skip
     if implementation == "gpu" or implementation is None and on_hopper():
         from pallas_kernels.paged_attention import gpu  # late: slow to load, and of no use elsewhere
 
-        why = gpu.why_not(q_BTNH, k_PKLH)
+        why = gpu.why_not(q_BTNH, k_PKLH, scaled=bool(scales))
+        if why is None and not interpret and not on_hopper():
+            why = "it needs a Hopper GPU"
         if why is None:
-            return gpu.paged_attention(
-                q_BTNH, k_PKLH, v_PKLH, table_BM, length_B, **how, parts=parts, interpret=interpret
-            )
+            args = q_BTNH, k_PKLH, v_PKLH, table_BM, length_B
+            return gpu.paged_attention(*args, **how, parts=parts, interpret=interpret)
         if implementation == "gpu":
             raise ValueError(f"implementation='gpu': {why}")
     return reference.paged_attention(q_BTNH, k_PKLH, v_PKLH, table_BM, length_B, **how)

@@ -7,6 +7,7 @@ take the blocks of a sequence in turns. Where there are fewer sequences than mul
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +16,45 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.gpu import (
-    COMPILE, LOG2E, ROWS, barrier, copy_ahead, divided, interpreted, loaded, over_rows, slot, softmax, sums, tiles
+    COMPILE, LOG2E, ROWS, barrier, copy_ahead, divided, interpreted, loaded, over_rows, slot, softmax, sums, tanh,
+    tiles,
 )  # fmt: skip
 
-PROCESSORS = 132  # of an H100 or H200
+PROCESSORS = 132  # of an H100 SXM or H200; a guess for others
 BLOCK = 64  # tokens of a step, at least
-SHARED = 224 * 1024  # bytes of shared memory, less some for barriers
+SHARED = 220 * 1024  # bytes of shared memory, less some for barriers and what reductions take
 
 
-def why_not(q_BTNH: jax.Array, k_PKLH: jax.Array) -> str | None:
+class Cut(NamedTuple):
+    """How work is cut."""
+
+    block: int  # tokens of a step,
+    each: int  # of so many pages
+    wide: int  # warpgroups whose rows a block is for
+    streams: int  # of such, that take blocks in turns
+    stages: int  # blocks in shared memory
+
+    @property
+    def groups(self) -> int:
+        return self.wide * self.streams
+
+
+def cut(rows: int, H: int, L: int, dtype, kept, *, scaled: bool) -> Cut:
+    """For so many rows of queries, heads of H, pages of L tokens, and the dtypes of queries and of the cache."""
+    block, wide = max(BLOCK, L), -(-rows // ROWS)
+    streams = 2 if wide == 1 and H <= 128 else 1
+    queries, answers = wide * ROWS * H * dtype.itemsize, wide * streams * ROWS * H * 4
+    cast = wide * streams * block * H * dtype.itemsize if kept != dtype else 0
+    stage = 2 * block * (H * kept.itemsize + (4 if scaled else 0))
+    stages = min(8, (SHARED - queries - answers - cast) // stage) // streams * streams
+    return Cut(block, block // L, wide, streams, stages)
+
+
+def why_not(q_BTNH: jax.Array, k_PKLH: jax.Array, *, scaled: bool) -> str | None:
     """What of these arrays the kernel cannot take; None if it can."""
     T, N, H = q_BTNH.shape[1:]
     K, L = k_PKLH.shape[1:3]
+    rows = T * (N // K)
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes queries of bfloat16 and float16, not {q_BTNH.dtype}"
     if k_PKLH.dtype not in (q_BTNH.dtype, jnp.int8, jnp.float8_e4m3fn):
@@ -35,8 +63,12 @@ def why_not(q_BTNH: jax.Array, k_PKLH: jax.Array) -> str | None:
         return f"it takes heads of 64, 128 and 256, not of {H}"
     if L not in (8, 16, 32, 64, 128):
         return f"it takes pages of 8, 16, 32, 64 and 128 tokens, not of {L}"
-    if T * (N // K) > 2 * ROWS or H == 256 and T * (N // K) > ROWS:
-        return f"{T} tokens of {N // K} heads that share a key head are more than it has rows for"
+    if scaled and L < 32:
+        return f"it takes scales of pages of 32 tokens or more, not of {L}"  # what is copied begins at 128 bytes
+    if rows > 2 * ROWS:
+        return f"{T} tokens of {N // K} heads that share a key head are more rows than it has: {2 * ROWS}"
+    if cut(rows, H, L, q_BTNH.dtype, k_PKLH.dtype, scaled=scaled).stages < 1:
+        return f"{rows} rows, heads of {H} and pages of {L} tokens do not fit into shared memory together"
     return None
 
 
@@ -52,21 +84,14 @@ def paged_attention(
       parts: of a sequence, worked on at the same time; None: as many as there are multiprocessors for.
     """
     (B, T, N, H), (K, L), M, dtype = q_BTNH.shape, k_PKLH.shape[1:3], table_BM.shape[1], q_BTNH.dtype
-    G = N // K
-    block = max(BLOCK, L)  # tokens, of so many pages:
-    each = block // L
-    wide = -(-T * G // ROWS)  # warpgroups whose rows a block is for
-    streams = 2 if wide == 1 and H <= 128 else 1  # that take blocks in turns
-    groups = wide * streams
-    small = k_PKLH.dtype != dtype
-    cast = groups * block * H * dtype.itemsize if small else 0
-    room = SHARED - wide * ROWS * H * dtype.itemsize - groups * ROWS * H * 4 - cast
-    stages = min(8, room // (2 * block * (H * k_PKLH.dtype.itemsize + 4))) // streams * streams
+    G, small, scaled = N // K, k_PKLH.dtype != dtype, k_scale_PKL is not None
+    sizes = cut(T * G, H, L, dtype, k_PKLH.dtype, scaled=scaled)
+    block, each, wide, streams, stages = sizes
+    groups = sizes.groups
     parts = parts or max(1, min(-(-M // each) // streams, PROCESSORS // (B * K)))
     rows = -(-T * G // 8) * 8 if wide == 1 else wide * ROWS  # of the answer
     q_BKRH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
     q_BKRH = jnp.pad(q_BKRH, ((0, 0), (0, 0), (0, wide * ROWS - T * G), (0, 0)))
-    scaled = k_scale_PKL is not None
     scales = [x.astype(jnp.float32) for x in (k_scale_PKL, v_scale_PKL)] if scaled else [None, None]
 
     def kernel(q_ref, k_ref, v_ref, scale_refs, table_ref, length_ref, o_ref, lse_ref, *scratch):
@@ -75,12 +100,13 @@ def paged_attention(
         )
         head, part, b, group = (lax.axis_index(name) for name in ("head", "part", "row", "group"))
         length = length_ref[b]
+        there = jnp.minimum(length, M * L)  # of a length that the table has no pages for
         first, skipped = jnp.int32(0), jnp.int32(0)
         if window is not None:
             start = lax.div(jnp.maximum(length - (T + window - 1), 0), jnp.int32(block))
             first = jnp.minimum(start, -(-sinks // block))  # blocks that begin the sequence, before those in the window
             skipped = start - first
-        todo = lax.div(length + (block - 1), jnp.int32(block)) - skipped
+        todo = lax.div(there + (block - 1), jnp.int32(block)) - skipped
         share = lax.div(todo + (parts - 1), jnp.int32(parts))
         low = part * share
         steps = jnp.maximum(jnp.minimum(low + share, todo) - low, 0)
@@ -91,7 +117,7 @@ def paged_attention(
 
         @pl.when(group == groups)
         def _copy():
-            last = lax.div(length + (L - 1), jnp.int32(L)) - 1
+            last = lax.div(there + (L - 1), jnp.int32(L)) - 1
 
             def copy(ref, smem, scale_ref, scale_at, ready, step, here):
                 for i in range(each):
@@ -145,11 +171,11 @@ def paged_attention(
                 s = grown(sums(ask, (ROWS, block), interpret=interpret), scale_smem[0], here)
                 plgpu.barrier_arrive(k_free.at[here])
                 if softcap is not None:
-                    s = softcap * jnp.tanh(s * (scale / softcap))
+                    s = softcap * tanh(s * (scale / softcap))
                 row, column = (lax.broadcasted_iota(jnp.int32, s.shape, axis) for axis in (0, 1))
                 q = length - T + lax.div(row + tile * ROWS, jnp.int32(G))
                 k = block_of(step) * block + column
-                seen = (k <= q) & (k < length)
+                seen = (k <= q) & (k < there)
                 if window is not None:
                     seen = seen & ((k > q - window) | (k < sinks))
                 new = softmax(jnp.where(seen, s, -jnp.inf), unit, top, total, masked=True)
@@ -179,11 +205,10 @@ def paged_attention(
             plgpu.copy_smem_to_gmem(lse_smem.at[group, pl.ds(0, n)], lse_ref.at[at])
             plgpu.wait_smem_to_gmem(0)
 
-    # Bytes of a row of a tile are always 128.
-    swizzled = plgpu.SwizzleTransform(128)
+    swizzled, row = plgpu.SwizzleTransform(128), 128 // k_PKLH.dtype.itemsize  # of 128 bytes
     cache = plgpu.SMEM(
         (stages, block, H), k_PKLH.dtype,
-        transforms=(plgpu.TilingTransform((8, 128 // k_PKLH.dtype.itemsize)), swizzled) if H * k_PKLH.dtype.itemsize >= 128 else (),
+        transforms=(plgpu.TilingTransform((8, row)), swizzled) if H >= row else (),
     )  # fmt: skip
     arrivals = each * (2 if scaled else 1)
     o_BKXRH, lse_BKXR = plgpu.kernel(

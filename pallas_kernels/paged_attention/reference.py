@@ -24,7 +24,7 @@ def paged_attention(
 
     Args:
       k_PKLH: P pages of L tokens, heads before tokens.
-      table_BM: the pages of each sequence in order; what stands behind its last one is not looked at.
+      table_BM: the pages of each sequence in order; those behind its last one must exist, and hold finite numbers.
       length_B: tokens of each sequence, those of q included.
       window: a token sees itself and `window` - 1 before it.
       sinks: the first tokens, seen by all in spite of the window.

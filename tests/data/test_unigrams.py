@@ -1,6 +1,7 @@
 """SentencePiece files whose ids a family moves: the same ids as transformers and the sentencepiece library give."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,24 @@ FILE = {  # class: file, ids of its control pieces, what is added to the id of a
     "MBart": ("sentencepiece.bpe.model", FIRST_THREE | {"normalization_rule_name": "identity"}, 1),
     "MBart50": ("sentencepiece.bpe.model", FIRST_THREE, 1),
     "Pegasus": ("spiece.model", {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}, 103),
-}
-SPECIAL = ("<", "NOTUSED", "_")  # of tokens that transformers finds in text
+    "Albert": (
+        "spiece.model",
+        {"pad_id": 0, "unk_id": 1, "bos_id": -1, "eos_id": -1, "control_symbols": ["[CLS]", "[SEP]", "[MASK]"]}, 0,
+    ),
+    "XLNet": (
+        "spiece.model", FIRST_THREE | {"control_symbols": "<cls> <sep> <pad> <mask> <eod> <eop>".split()}, 0
+    ),
+}  # fmt: skip
+
+
+def plain(kind: str, text: str) -> str:
+    """What a family makes of text before its file does."""
+    if kind in ("Albert", "XLNet"):
+        text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return text.lower() if kind == "Albert" else text
+
+
+SPECIAL = ("<", "NOTUSED", "_", "[CLS]", "[SEP]", "[MASK]")  # of tokens that transformers finds in text
 
 
 def trained(path: Path, **control) -> sentencepiece.SentencePieceProcessor:
@@ -52,7 +69,7 @@ def test_a_sentencepiece_file_has_the_ids_of_its_family(kind, tmp_path):
     if tokens:
         assert [ours.token_id(t) for t in tokens] == theirs.convert_tokens_to_ids(tokens)
     for text in ("Return a str, don't raise.", "def load(fp): object_hook is  used", "Äpfel и 你"):
-        pieces = library.encode(text)
+        pieces = library.encode(plain(kind, text))
         assert ours.encode(text) == [theirs.unk_token_id if i == library.unk_id() else i + moved for i in pieces]
         decoded = theirs.decode(ours.encode(text), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert ours.decode(ours.encode(text)) == decoded

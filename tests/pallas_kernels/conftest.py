@@ -1,10 +1,10 @@
-import jax
 import pytest
+
+from pallas_kernels.attention.api import on_hopper
 
 
 @pytest.fixture(scope="session")
 def hopper() -> None:
     """A GPU that the kernels are written for."""
-    device = jax.devices()[0]
-    if device.platform != "gpu" or device.compute_capability != "9.0":
-        pytest.skip(f"needs a Hopper GPU, this is {device.device_kind}")
+    if not on_hopper():
+        pytest.skip("needs a Hopper GPU")

@@ -57,7 +57,10 @@ CASES = {
     "small pages": ((1, 2, 4, 1, 64, 16, 12), [180], {"parts": 2, "window": 70, "sinks": 3, "softcap": 10.0}),
     "int8": ((1, 1, 2, 1, 128, 64, 3), [130], {"dtype": jnp.int8}),
     "float8": ((1, 1, 2, 1, 128, 64, 2), [100], {"dtype": jnp.float8_e4m3fn}),
-    "many rows": ((1, 8, 16, 1, 64, 64, 2), [128], {}),
+    "many rows": ((1, 8, 16, 1, 64, 64, 2), [128], {"window": 40}),
+    "wide heads": ((1, 1, 4, 1, 256, 32, 4), [97], {}),
+    "nothing yet": ((2, 1, 2, 2, 64, 64, 2), [0, 5], {"parts": 4}),
+    "longer than its pages": ((2, 1, 2, 1, 64, 64, 2), [128, 200], {}),
 }
 
 
@@ -94,8 +97,26 @@ def test_what_the_kernel_cannot_take_is_told(shape, message):
         api.paged_attention(*arrays, jnp.asarray([1]), scale=1.0, implementation="gpu")
 
 
+@pytest.mark.parametrize("kept", [jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("H", [64, 128, 256])
+@pytest.mark.parametrize("L", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("T", [1, 8])
+def test_what_is_taken_has_room_for_a_block_in_every_stream(T, L, H, kept):
+    gpu = pytest.importorskip("pallas_kernels.paged_attention.gpu")
+    q, pages = jnp.zeros((1, T, 16, H), jnp.bfloat16), jnp.zeros((1, 1, L, H), kept)
+    scaled = kept == jnp.int8
+    if gpu.why_not(q, pages, scaled=scaled) is None:
+        sizes = gpu.cut(T * 16, H, L, q.dtype, pages.dtype, scaled=scaled)
+        assert sizes.stages >= sizes.streams and sizes.each * L == sizes.block
+
+
 def test_shapes_that_do_not_match_are_named():
     (q, k, v, table), _ = cache(2, 1, 4, 2, 64, 16, 2)
-    for args in ((q[:, :, :3], k, v, table), (q, k[..., :32], v, table), (q, k, v, table[:1])):
+    for args in (
+        (q[:, :, :3], k, v, table),
+        (q, k[..., :32], v, table),
+        (q, k, v.astype(jnp.int8), table),
+        (q, k, v, table[:1]),
+    ):
         with pytest.raises(ValueError, match="must be"):
             api.paged_attention(*args, jnp.asarray([1, 1]), scale=1.0)

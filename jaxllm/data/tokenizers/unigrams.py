@@ -5,6 +5,7 @@
     CamemBERT        <s>NOTUSED <pad> </s>NOTUSED <unk> <unk>NOTUSED, the pieces after the first, <mask>
     mBART, mBART-50  as XLM-R, with tokens of languages before <mask>
     PEGASUS          <pad> </s> <mask_1> <mask_2> <unk_2> ... <unk_102>, the pieces after the first two
+    ALBERT, XLNet    the file's pieces; without accents and, of ALBERT, capitals; no piece ends in a digit and a comma
 
 Text is normalised by the file's table of characters and split at spaces.
 """
@@ -43,6 +44,11 @@ class Form(NamedTuple):
     words: bool = True  # text is cut at all spaces, also those that the table of characters leaves
     scores: Mapping[str, float] = {}  # of tokens that are not pieces, where it is not 0
     roles: Mapping[str, str] = {}  # tokens that files may leave unnamed
+    named: tuple[str, ...] = ()  # pieces that text may name
+    normal: tuple[Tree, ...] = ()  # what is done to text before the file's table of characters
+    numbers: bool = True  # a piece may end in a digit and a comma
+    second: int = 0  # type of the second text of a pair
+    types: Mapping[str, int] = {}  # of tokens that have one of their own
 
 
 _FAIRSEQ = ("<s>", "<pad>", "</s>", "<unk>")
@@ -89,14 +95,42 @@ def _pegasus(said: Beside) -> Form:
     return Form(first, 2, (), len(first), (), ("</s>",), words=False, scores=scores, roles=roles)
 
 
+def _plain(said: Beside, *, accents: bool, lower: bool) -> tuple[Tree, ...]:
+    """Quotes of one kind, no accents unless they are to stay, and, if `lower` or the file beside says so, no capitals."""
+    quotes = replace({"String": "``"}, '"'), replace({"String": "''"}, '"')
+    without = () if accents else ({"type": "NFKD"}, {"type": "StripAccents"})
+    capitals = ({"type": "Lowercase"},) if said.config.get("do_lower_case", lower) else ()
+    return *quotes, *without, *capitals
+
+
+def _albert(said: Beside) -> Form:
+    roles = {
+        "bos": "[CLS]", "eos": "[SEP]", "unk": "<unk>", "sep": "[SEP]", "pad": "<pad>", "cls": "[CLS]", "mask": "[MASK]"
+    }  # fmt: skip
+    return Form(
+        (), 0, (), None, ("[CLS]",), ("[SEP]",), ("[SEP]",), roles=roles, named=tuple(roles.values()),
+        normal=_plain(said, accents=said.config.get("keep_accents", False), lower=True), numbers=False, second=1,
+    )  # fmt: skip
+
+
+def _xlnet(said: Beside) -> Form:
+    roles = {
+        "bos": "<s>", "eos": "</s>", "unk": "<unk>", "sep": "<sep>", "pad": "<pad>", "cls": "<cls>", "mask": "<mask>"
+    }  # fmt: skip
+    return Form(
+        (), 0, (), None, (), ("<sep>", "<cls>"), ("<sep>",), roles=roles, named=(*roles.values(), "<eop>", "<eod>"),
+        normal=_plain(said, accents=False, lower=False), numbers=False, second=1, types={"<cls>": 2},
+    )  # fmt: skip
+
+
 # By the class that tokenizer_config.json or config.json names, and by `model_type` of the latter.
 CLASSES = {
     "T5": _t5, "MT5": _t5, "XLMRoberta": _xlm_roberta, "Camembert": _camembert, "MBart": _mbart, "MBart50": _mbart50,
-    "Pegasus": _pegasus,
+    "Pegasus": _pegasus, "Albert": _albert, "XLNet": _xlnet,
 }  # fmt: skip
 MODEL_TYPES = {
     "t5": _t5, "mt5": _t5, "umt5": _t5, "switch_transformers": _t5, "xlm-roberta": _xlm_roberta,
-    "camembert": _camembert, "mbart": _mbart, "pegasus": _pegasus,
+    "camembert": _camembert, "mbart": _mbart, "pegasus": _pegasus, "albert": _albert, "xlnet": _xlnet,
 }  # fmt: skip
 
 
@@ -117,13 +151,14 @@ def read(path: Path, said: Beside) -> tuple[Tree, Mapping[str, str]]:
     if file.trainer_spec.model_type != proto.TrainerSpec.UNIGRAM or len(file.pieces) <= form.skipped:
         raise DataError(f"{path}: not a SentencePiece model of unigrams, as those of its family are")
     vocab = [(token, form.scores.get(token, 0.0)) for token in form.first]
-    vocab += [(piece.piece, piece.score) for piece in file.pieces[form.skipped :]]
+    rare = lambda piece: 0 if form.numbers or not (piece[-1:] == "," and piece[-2:-1].isdigit()) else 100
+    vocab += [(piece.piece, piece.score - rare(piece.piece)) for piece in file.pieces[form.skipped :]]
     vocab += [(token, 0.0) for token in form.last]
     ids = {token: i for i, (token, _) in enumerate(vocab)}
     if wrong := [token for token in (*form.before, *form.after) if token not in ids]:
         raise DataError(f"{path}: {wrong[0]!r}, which is put around texts, is no token of its vocabulary")
     charsmap = file.normalizer_spec.precompiled_charsmap
-    steps = [precompiled(charsmap)] if charsmap else []
+    steps = [*form.normal, *([precompiled(charsmap)] if charsmap else [])]
     steps += [] if form.words else [replace({"Regex": " {2,}"}, " ")]
     spaces = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
     unknown = file.trainer_spec.unk_id if form.unknown is None else form.unknown
@@ -135,7 +170,9 @@ def read(path: Path, said: Beside) -> tuple[Tree, Mapping[str, str]]:
         pre_tokenizer=sequence("pretokenizers", [*([{"type": "WhitespaceSplit"}] if form.words else []), spaces]),
     )  # fmt: skip
     tree["added_tokens"] = [
-        {"id": ids[token], **added_token(token, special=True)} for token in (*form.first, *form.last)
+        {"id": ids[token], **added_token(token, special=True)}
+        for token in dict.fromkeys((*form.first, *form.last, *form.named))
+        if token in ids
     ]
     tree["post_processor"] = _around(form, ids)
     return tree, form.roles
@@ -167,12 +204,14 @@ def _form(path: Path, said: Beside) -> Form:
 
 def _around(form: Form, ids: Mapping[str, int]) -> Tree:
     """The post-processor that puts a family's tokens around texts."""
-    special = lambda tokens: [{"SpecialToken": {"id": token, "type_id": 0}} for token in tokens]
-    text = lambda name: [{"Sequence": {"id": name, "type_id": 0}}]
-    before, between, after = map(special, (form.before, form.between, form.after))
+    special = lambda tokens, kind=0: [
+        {"SpecialToken": {"id": token, "type_id": form.types.get(token, kind)}} for token in tokens
+    ]
+    text = lambda name, kind: [{"Sequence": {"id": name, "type_id": kind}}]
+    first = [*special(form.before), *text("A", 0)]
+    second = [*special(form.between), *text("B", form.second), *special(form.after, form.second)]
     used: Sequence[str] = sorted({*form.before, *form.between, *form.after})
     return {
-        "type": "TemplateProcessing", "single": [*before, *text("A"), *after],
-        "pair": [*before, *text("A"), *between, *text("B"), *after],
+        "type": "TemplateProcessing", "single": [*first, *special(form.after)], "pair": [*first, *second],
         "special_tokens": {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in used},
     }  # fmt: skip

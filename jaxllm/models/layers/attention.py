@@ -1,6 +1,7 @@
-"""Attention: projections, rotation, masks, and the reference softmax that every kernel is tested against."""
+"""Attention: projections, rotation, masks, and the softmax of whatever no kernel takes."""
 
 import dataclasses
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -228,9 +229,10 @@ class Mixing:
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T N H"]:  # fmt: skip
         """`whole` of rows that no two devices share: by a kernel, or left to XLA."""
-        if not (dropout and key is not None) and self.kernel_applies(placement(), q_BTNH, k_BSKH):
+        place = placement()
+        if not (dropout and key is not None) and self.kernel_applies(place, q_BTNH, k_BSKH):
             heads, kv_heads = (*ROWS, "heads", "head_dim"), (*ROWS, "kv_heads", "head_dim")
-            run = on_shares(self.kernel, (heads, kv_heads, kv_heads, ROWS), heads)
+            run = on_shares(functools.partial(self.kernel, place.chip), (heads, kv_heads, kv_heads, ROWS), heads)
             return run(q_BTNH, k_BSKH, v_BSKH, jnp.broadcast_to(q.document, q_BTNH.shape[:2]))
         return checkpoint_name(self.whole(q_BTNH, k_BSKH, v_BSKH, q, k, self.slopes(), dropout, key), "attention")
 
@@ -337,7 +339,7 @@ class Mixing:
         return -self.alibi.scale * slopes_N[None, :, None, None] * distance_BTS[:, None]
 
     def kernel_applies(self, place: Placement | None, q_BTNH: Array, k_BSKH: Array) -> bool:
-        """Whether a flash kernel takes this layer, here: a TPU's or Hopper's, for training (as many queries as keys)."""
+        """Whether a flash kernel takes this layer, here: a TPU's or Hopper's, in training (as many queries as keys)."""
         return (
             place is not None and self.alibi is None and not self.cross and q_BTNH.shape[1] == k_BSKH.shape[1]
             and self.cfg.mask.kind in ("causal", "full")
@@ -345,20 +347,21 @@ class Mixing:
         )  # fmt: skip
 
     def kernel(
-        self, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, document_BT: Int[Array, "B T"]
+        self, chip: str, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, document_BT: Int[Array, "B T"]
     ) -> Float[Array, "B T N H"]:
-        """`whole` of one row of documents with itself, without a [T, S] array."""
-        place = placement()
-        if place is None or place.platform == "tpu":
-            return splash.attention(
-                q_BTNH, k_BSKH, v_BSKH, document_BT, causal=self.causal, window=self.cfg.window, scale=self.scale,
-                softcap=self.cfg.softcap, name="attention",
-            )  # fmt: skip
-        near = masks.Window(self.cfg.window and self.cfg.window - 1, 0 if self.causal else None)
-        return api.attention(
-            q_BTNH, k_BSKH, v_BSKH, mask=near & masks.Documents(document_BT, document_BT), scale=self.scale,
-            softcap=self.cfg.softcap, implementation="gpu", name="attention",
+        """`whole` of one row of documents with itself, without a [T, S] array, on a chip of this kind."""
+        how = dict(scale=self.scale, softcap=self.cfg.softcap, name="attention")
+        if api.on_hopper(chip):
+            mask = self.algebra(document_BT)
+            return api.attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, implementation="gpu", chip=chip, **how)
+        return splash.attention(
+            q_BTNH, k_BSKH, v_BSKH, document_BT, causal=self.causal, window=self.cfg.window, **how
         )  # fmt: skip
+
+    def algebra(self, document_BT: Int[Array, "B T"]) -> masks.Mask:
+        """`visible` of a row with itself, causal or full, in the terms of kernels."""
+        near = masks.Window(self.cfg.window and self.cfg.window - 1, 0 if self.causal else None)
+        return near & masks.Documents(document_BT, document_BT)
 
 
 def attend(
