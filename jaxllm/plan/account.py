@@ -332,7 +332,7 @@ class _Walker:
         operands = tuple(a for x in computation.operands(i) for a in x.arrays)
         name = re.sub(r"(\.clone|\.\d+)+$", "", i.name)
         if name == "mpmd_map":  # Mosaic GPU's kernels are all called so: by the scope that they stand in
-            name = (i.attribute(r'op_name="[^"]*?([^"/]+)/mpmd_map') or name).removesuffix("/")
+            name = i.attribute(r'op_name="[^"]*?\b(hopper_[\w:=]+)') or name
         kernel = Kernel(name, operands, i.arrays, known[0] if known else None, said)
         cost = self.kernel_cost(kernel)
         # A simulated kernel has all of HBM's bandwidth to itself in each of its copies: hold it to what there is.

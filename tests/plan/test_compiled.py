@@ -221,6 +221,25 @@ def test_attention_kernels_are_counted_by_the_products_they_do():
         assert attention_flops(flash(name, metadata), model, 1024) == pytest.approx((done * pairs, asked * seen))
 
 
+def test_hoppers_attention_kernels_are_counted_as_those_of_a_tpu():
+    model = run_config(context=1024).model
+    todo = (Array("s32", (1, 8, 8)), Array("s32", (1, 8)), Array("s32", (1, 8)))
+    q, k = Array("bf16", (2, 1024, 8, 128)), Array("bf16", (2, 1024, 2, 128))
+    of_rows = Array("f32", (2, 8, 1024))
+    given = q, q, of_rows, of_rows, k, k  # queries, what comes back, and of both by row
+    for name, operands, like in (
+        ("fwd:block_q=512:block_kv=512", (q, k, k), "splash_mha_fwd"),
+        ("dq:block_q_dq=512:block_kv_dq=512", given, "splash_mha_dq"),
+        ("dkv:block_q_dkv=512:block_kv_dkv=512", given, "splash_mha_dkv"),
+    ):
+        ours = Kernel(f"hopper_attention_{name}", (*todo, *operands), (q,), None, "")
+        theirs = flash(
+            like, " ".join(f"block_{side}{part}: 512" for side in ("q", "kv") for part in ("", "_dq", "_dkv"))
+        )
+        assert attention_flops(ours, model, 1024) == pytest.approx(attention_flops(theirs, model, 1024))
+        assert attention_flops(ours, model, 1024)[0] > 0
+
+
 def test_a_kernel_runs_at_the_peak_at_best():
     model, chip = run_config(context=1024).model, CHIPS["v5e"]
     cost = kernel_cost(flash("flash_fwd"), model, 1024, chip)
