@@ -1,5 +1,6 @@
 """Times of compiled functions on the device at hand, and what a result has to say of where it was measured."""
 
+import argparse
 import json
 import platform
 import statistics
@@ -21,8 +22,12 @@ class Times(NamedTuple):
     def median(self) -> float:
         return statistics.median(self.rounds)
 
+    @property
+    def ms(self) -> list[float]:
+        return [1e3 * t for t in self.rounds]
 
-def in_turns(functions: dict[str, Callable[[], Any]], *, rounds: int = 7, seconds: float = 0.02) -> dict[str, Times]:
+
+def in_turns(functions: dict[str, Callable[[], Any]], *, rounds: int, seconds: float = 0.02) -> dict[str, Times]:
     """Times of functions that are called in turns, so that all see the same moods of the machine.
 
     Args:
@@ -44,6 +49,14 @@ def in_turns(functions: dict[str, Callable[[], Any]], *, rounds: int = 7, second
             jax.block_until_ready(out)
             found[name].append((time.perf_counter() - began) / calls[name])
     return {name: Times(tuple(times)) for name, times in found.items()}
+
+
+def arguments(doc: str) -> argparse.Namespace:
+    """Of a measurement that `doc` describes: where to write it (`json`), and `rounds`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE too")
+    parser.add_argument("--rounds", type=int, default=5)
+    return parser.parse_args()
 
 
 def machine() -> dict[str, Any]:

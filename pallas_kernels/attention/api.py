@@ -1,6 +1,7 @@
 """Attention by whatever is best where it runs: one definition, a reference and kernels that come close to it."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,19 +63,12 @@ def attention(
       ValueError: shapes that do not match, or what a given implementation cannot take.
     """
     (B, T, N, H), (_, S, K, _) = _shapes(q_BTNH, k_BSKH, v_BSKV)
-    scale = H**-0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f"scale={scale} must be positive")
+    scale = scale_of(scale, H)
     if slopes_N is not None and slopes_N.shape != (N,):
         raise ValueError(f"slopes of shape {slopes_N.shape} must be one of each of {N} query heads")
     _check(mask, B, T, S)
-    why = None if interpret or on_hopper(chip) else f"it needs a Hopper GPU, this is {chip or _default().device_kind}"
-    if implementation is None:
-        implementation = "reference" if why or _why_not(q_BTNH, k_BSKH, v_BSKV) else "gpu"
-    elif implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
-    elif implementation == "gpu" and (why := _why_not(q_BTNH, k_BSKH, v_BSKV) or why):
-        raise ValueError(f"implementation={implementation!r}: {why}")
+    why_not = functools.partial(_why_not, q_BTNH, k_BSKH, v_BSKV)
+    implementation = chosen(implementation, why_not, chip=chip, interpret=interpret)
     if implementation == "reference":
         how = dict(scale=scale, softcap=softcap, slopes_N=slopes_N, shift=shift)
         o_BTNV, _ = reference.attention(q_BTNH, k_BSKH, v_BSKV, mask, **how)
@@ -90,14 +84,47 @@ def applies(chip: str, q_BTNH: jax.Array, k_BSKH: jax.Array) -> bool:
 
 def on_hopper(chip: str | None = None) -> bool:
     """Whether a chip of this `device_kind` (None: the default device) is one that the GPU kernels are written for."""
-    if chip is None:
-        chip = _default().device_kind if _default().platform == "gpu" else ""
-    return any(word.startswith(HOPPER) for word in chip.split())
+    return any(word.startswith(HOPPER) for word in (chip or _default()).split())
 
 
-def _default() -> jax.Device:
-    chosen = jax.config.jax_default_device
-    return chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
+def _default() -> str:
+    """The kind of the default device."""
+    said = jax.config.jax_default_device
+    return (said if isinstance(said, jax.Device) else jax.devices(said)[0]).device_kind
+
+
+def chosen(
+    implementation: str | None, why_not: Callable[[], str | None], *, chip: str | None = None, interpret: bool = False
+) -> str:
+    """The implementation that was asked for or, of None, the best that applies.
+
+    Args:
+      why_not: what of the arrays the GPU's kernel cannot take.
+      chip: `device_kind` of what is compiled for; None: the default device.
+
+    Raises:
+      ValueError: no such implementation, or one that does not apply.
+    """
+    elsewhere = None if interpret or on_hopper(chip) else f"it needs a Hopper GPU, this is {chip or _default()}"
+    if implementation is None:
+        return "reference" if elsewhere or why_not() else "gpu"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "gpu" and (why := why_not() or elsewhere):
+        raise ValueError(f"implementation={implementation!r}: {why}")
+    return implementation
+
+
+def scale_of(scale: float | None, H: int) -> float:
+    """What products of heads of H are multiplied with: H ** -0.5 unless told.
+
+    Raises:
+      ValueError: it is not positive.
+    """
+    scale = H**-0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"scale={scale} must be positive")
+    return scale
 
 
 def _shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[tuple[int, ...], tuple[int, ...]]:

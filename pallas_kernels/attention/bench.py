@@ -5,9 +5,7 @@
 Causal, bfloat16; `ratio` is the smallest of (the best peer's time / ours) over forward and forward and backward.
 """
 
-import argparse
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention.api import attention
 from pallas_kernels.attention.masks import Causal, Documents, Full, Window
-from pallas_kernels.timing import in_turns, machine, write
+from pallas_kernels.timing import Times, arguments, in_turns, machine, write
 
 CASES = [(2, 8192, 16, 16, 128), (1, 16384, 16, 16, 128), (2, 8192, 32, 8, 128), (2, 8192, 32, 32, 64)]  # B, T, N, K, H
 
@@ -57,8 +55,8 @@ def case(B: int, T: int, N: int, K: int, H: int, rounds: int) -> dict[str, Any]:
     return {"B": B, "T": T, "N": N, "K": K, "H": H, **found}
 
 
-def row(times, flops: float) -> dict[str, Any]:
-    return {"ms": [1e3 * t for t in times.rounds], "tflops": flops / times.median / 1e12}
+def row(times: Times, flops: float) -> dict[str, Any]:
+    return {"ms": times.ms, "tflops": flops / times.median / 1e12}
 
 
 def masked(rounds: int) -> dict[str, float]:
@@ -76,10 +74,7 @@ def masked(rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE too")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     cases = [case(*sizes, args.rounds) for sizes in CASES]
     ratio = min(c[name]["ratio"] for c in cases for name in ("forward", "forward and backward"))
     write(args.json, {"ratio": ratio, "machine": machine(), "cases": cases, "masks": masked(args.rounds)})

@@ -72,6 +72,10 @@ class Logits(NamedTuple):
         """What turns `of` into exponents of 2."""
         return LOG2E * (self.scale if self.softcap is None and self.slopes is None else 1)
 
+    def placed(self, masked: bool) -> bool:
+        """Whether `of` looks at where queries and keys stand."""
+        return masked or self.slopes is not None
+
     def of(self, s, b, n, q_low, k_low, *, q_axis: int, masked: bool):
         """Logits of products of queries from `q_low` and keys from `k_low`, and their derivatives, but for `scale`.
 
@@ -83,7 +87,7 @@ class Logits(NamedTuple):
             s, slope = self.softcap * t, 1 - t * t
         elif self.slopes is not None:
             s = s * self.scale
-        if self.slopes is None and not masked:
+        if not self.placed(masked):
             return s, slope
         index = [lax.broadcasted_iota(jnp.int32, s.shape, axis) for axis in (q_axis, 1 - q_axis)]
         q, k = index[0] + q_low, index[1] + k_low
@@ -251,6 +255,24 @@ def _launch(
         return run(jax.tree.map(jnp.asarray, todo), *args)
 
 
+def copy_keys(todo: Todo, steps, tuning: Tuning, b, head, *streams) -> None:
+    """`copy_ahead` of blocks of keys and values: for each a ref, its room, and the barriers `ready` and `free`."""
+
+    def copy(ref, smem, ready, step, here):
+        at = b, pl.ds(todo.at(step) * tuning.block, tuning.block), head
+        plgpu.copy_gmem_to_smem(ref.at[at], smem.at[here], ready.at[here])
+
+    copies = ((free, functools.partial(copy, ref, smem, ready)) for ref, smem, ready, free in streams)
+    copy_ahead(steps, tuning.stages, *copies)
+
+
+def through(body: Callable, partial, total, carry, *, begin: int = 0):
+    """`body(step, carry, masked=...)` of all steps from `begin`: those of partly visible blocks, then the others."""
+    carry = lax.fori_loop(begin, partial, functools.partial(body, masked=True), carry)
+    rest = jnp.maximum(partial, begin) if begin else partial
+    return lax.fori_loop(rest, total, functools.partial(body, masked=False), carry)
+
+
 def _last_first(todo: Todo) -> Todo:
     """Of a causal mask the blocks with most work first, so that none is left over in the end."""
     return todo._replace(block=todo.work.partial.shape[1] - 1 - todo.block)
@@ -304,14 +326,9 @@ def forward(
 
         @pl.when(group == GROUPS)
         def _copy():
-            def copy(ref, smem, ready, step, here):
-                at = b, pl.ds(todo.at(step) * block, block), lax.div(n, jnp.int32(N // K))
-                plgpu.copy_gmem_to_smem(ref.at[at], smem.at[here], ready.at[here])
-
-            keys, values = (k_ref, k_smem, k_ready), (v_ref, v_smem, v_ready)
-            copy_ahead(
-                total, stages, (k_free, functools.partial(copy, *keys)), (v_free, functools.partial(copy, *values))
-            )
+            head = lax.div(n, jnp.int32(N // K))
+            streams = (k_ref, k_smem, k_ready, k_free), (v_ref, v_smem, v_ready, v_free)
+            copy_keys(todo, total, tuning, b, head, *streams)
 
         @pl.when(group < GROUPS)
         def _compute():
@@ -338,7 +355,7 @@ def forward(
                 o.add(p, v_smem.at[slot(step, stages)])
 
             def weigh(s, top, sum_, step, masked):
-                k_low = todo.at(step) * block if masked or slopes_ref is not None else 0
+                k_low = todo.at(step) * block if of.placed(masked) else 0
                 s, _ = of.of(s, b, n, low, k_low, q_axis=0, masked=masked)
                 return softmax(s, of.unit, top, sum_, masked=masked)
 
@@ -384,9 +401,7 @@ def forward(
             none = jnp.full(ROWS, -jnp.inf, jnp.float32)
             begun = weigh(first(), none, jnp.zeros(ROWS, jnp.float32), 0, True)
             carry = jnp.zeros((ROWS, H), jnp.float32), begun.top, begun.total, begun.p.astype(dtype)
-            carry = lax.fori_loop(1, partial, functools.partial(both, masked=True), carry)
-            carry = lax.fori_loop(jnp.maximum(partial, 1), total, functools.partial(both, masked=False), carry)
-            o, top, sum_, p = carry
+            o, top, sum_, p = through(both, partial, total, carry, begin=1)
             o, log2 = divided(last(o, p), top, sum_)
             q_smem[group], lse_smem[group] = o.astype(dtype), log2 * (1 / LOG2E)
             plgpu.commit_smem()
@@ -438,11 +453,8 @@ def of_queries(
     (B, T, N, H), (S, K), dtype = q_BTNH.shape, k_BSKH.shape[1:3], q_BTNH.dtype
     block, stages, rows = tuning.block, tuning.stages, ROWS * GROUPS
     logits = _logits(mask, slopes_N, scale, softcap, shift, interpret, S, rows, block)
-    q_BTNH, do_BTNH, k_BSKH, v_BSKH = (
-        *(_whole(x, rows) for x in (q_BTNH, do_BTNH)),
-        _whole(k_BSKH, block),
-        _whole(v_BSKH, block),
-    )
+    q_BTNH, do_BTNH = _whole(q_BTNH, rows), _whole(do_BTNH, rows)
+    k_BSKH, v_BSKH = _whole(k_BSKH, block), _whole(v_BSKH, block)
     top_BNT, delta_BNT = _whole(top_BNT, rows, 2, jnp.inf), _whole(delta_BNT, rows, 2)
     add_up = functools.partial(sums, interpret=interpret)
 
@@ -455,14 +467,9 @@ def of_queries(
 
         @pl.when(group == GROUPS)
         def _copy():
-            def copy(ref, smem, ready, step, here):
-                at = b, pl.ds(todo.at(step) * block, block), lax.div(n, jnp.int32(N // K))
-                plgpu.copy_gmem_to_smem(ref.at[at], smem.at[here], ready.at[here])
-
-            keys, values = (k_ref, k_smem, k_ready), (v_ref, v_smem, v_ready)
-            copy_ahead(
-                total, stages, (k_free, functools.partial(copy, *keys)), (v_free, functools.partial(copy, *values))
-            )
+            head = lax.div(n, jnp.int32(N // K))
+            streams = (k_ref, k_smem, k_ready, k_free), (v_ref, v_smem, v_ready, v_free)
+            copy_keys(todo, total, tuning, b, head, *streams)
 
         @pl.when(group < GROUPS)
         def _compute():
@@ -484,7 +491,7 @@ def of_queries(
                     s.add(q_smem.at[group], k_smem.at[here], transposed=True)
                     plgpu.barrier_wait(v_ready.at[here])
                     dp.add(do_smem.at[group], v_smem.at[here], transposed=True)
-                    k_low = todo.at(step) * block if masked or slopes_ref is not None else 0
+                    k_low = todo.at(step) * block if of.placed(masked) else 0
                     s, slope = of.of(s.get(but=1), b, n, low, k_low, q_axis=0, masked=masked)
                     p = jnp.exp2(s * of.unit - over_rows(top, s.shape))
                     ds = p * (dp.get() - over_rows(delta, s.shape))
@@ -500,8 +507,7 @@ def of_queries(
                 plgpu.barrier_arrive(k_free.at[here])
                 return dq
 
-            dq = lax.fori_loop(0, partial, functools.partial(one, masked=True), jnp.zeros((ROWS, H), jnp.float32))
-            dq = lax.fori_loop(partial, total, functools.partial(one, masked=False), dq)
+            dq = through(one, partial, total, jnp.zeros((ROWS, H), jnp.float32))
             q_smem[group] = (dq * scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[group], dq_ref.at[mine])
@@ -533,31 +539,13 @@ def of_keys(
     (B, T, N, H), (S, K), dtype = q_BTNH.shape, k_BSKH.shape[1:3], q_BTNH.dtype
     block, stages, rows, heads = tuning.block, tuning.stages, ROWS * GROUPS, N // K
     logits = _logits(mask, slopes_N, scale, softcap, shift, interpret, S, block, rows)
-    q_BTNH, do_BTNH, k_BSKH, v_BSKH = (
-        *(_whole(x, block) for x in (q_BTNH, do_BTNH)),
-        _whole(k_BSKH, rows),
-        _whole(v_BSKH, rows),
-    )
+    q_BTNH, do_BTNH = _whole(q_BTNH, block), _whole(do_BTNH, block)
+    k_BSKH, v_BSKH = _whole(k_BSKH, rows), _whole(v_BSKH, rows)
     top_BNT, delta_BNT = _whole(top_BNT, block, 2, jnp.inf), _whole(delta_BNT, block, 2)
     add_up = functools.partial(sums, interpret=interpret)
 
-    def kernel(
-        todo,
-        head,
-        b,
-        group,
-        q_ref,
-        do_ref,
-        top_ref,
-        delta_ref,
-        k_ref,
-        v_ref,
-        mask_refs,
-        slopes_ref,
-        dk_ref,
-        dv_ref,
-        *scratch,
-    ):
+    def kernel(todo, head, b, group, q_ref, do_ref, top_ref, delta_ref, k_ref, v_ref, mask_refs, slopes_ref, *rest):
+        dk_ref, dv_ref, *scratch = rest
         k_smem, v_smem, q_smem, do_smem, top_smem, delta_smem, mine_ready, q_ready, do_ready, q_free, do_free = scratch
         partial, total = todo.partial, todo.total
 
@@ -598,7 +586,7 @@ def of_keys(
                         over_rows(loaded(x, here, interpret=interpret), (ROWS, block), 1)
                         for x in (top_smem, delta_smem)
                     )
-                    q_low = todo.at(step) * block if masked or slopes_ref is not None else 0
+                    q_low = todo.at(step) * block if of.placed(masked) else 0
                     s, slope = of.of(s.get(but=1), b, n, q_low, low, q_axis=1, masked=masked)
                     p = jnp.exp2(s * of.unit - top)
                     dp, p16 = lax.optimization_barrier((dp.get(), p.astype(dtype)))
@@ -619,15 +607,10 @@ def of_keys(
                 return dk, dv
 
             def of_head(head_of_group, carry):
-                for start, stop, masked in ((0, partial, True), (partial, total, False)):
-                    carry = lax.fori_loop(
-                        start, stop, functools.partial(one, head_of_group=head_of_group, masked=masked), carry
-                    )
-                return carry
+                return through(functools.partial(one, head_of_group=head_of_group), partial, total, carry)
 
-            dk, dv = lax.fori_loop(
-                0, heads, of_head, (jnp.zeros((ROWS, H), jnp.float32), jnp.zeros((ROWS, H), jnp.float32))
-            )
+            nothing = jnp.zeros((ROWS, H), jnp.float32)
+            dk, dv = lax.fori_loop(0, heads, of_head, (nothing, nothing))
             k_smem[group], v_smem[group] = (dk * scale).astype(dtype), dv.astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(k_smem.at[group], dk_ref.at[mine])

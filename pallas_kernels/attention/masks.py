@@ -59,9 +59,13 @@ def _mask(*masks: str, **roles: Role):
     def decorate(cls):
         cls = dataclasses.dataclass(frozen=True)(cls)
         names = [f.name for f in dataclasses.fields(cls)]
-        if roles:
-            cls.mapped = lambda self, f: cls(**{n: f(getattr(self, n), roles[n]) for n in names})
         data = (*masks, *roles)
+
+        def mapped(self, f):
+            inner = {n: getattr(self, n).mapped(f) for n in masks}
+            return dataclasses.replace(self, **inner, **{n: f(getattr(self, n), role) for n, role in roles.items()})
+
+        cls.mapped = mapped
         return jax.tree_util.register_dataclass(cls, data, [n for n in names if n not in data])
 
     return decorate
@@ -195,9 +199,6 @@ class And(Mask):
         a, b = self.a.block(q, k), self.b.block(q, k)
         return Seen(a.some & b.some, a.every & b.every)
 
-    def mapped(self, f: Callable[[Array, Role], object]) -> Mask:
-        return And(self.a.mapped(f), self.b.mapped(f))
-
 
 @_mask("a", "b")
 class Or(Mask):
@@ -212,9 +213,6 @@ class Or(Mask):
     def block(self, q: Range, k: Range) -> Seen:
         a, b = self.a.block(q, k), self.b.block(q, k)
         return Seen(a.some | b.some, a.every | b.every)
-
-    def mapped(self, f: Callable[[Array, Role], object]) -> Mask:
-        return Or(self.a.mapped(f), self.b.mapped(f))
 
 
 def dense(mask: Mask, T: int, S: int) -> Array:
@@ -263,6 +261,6 @@ def work(mask: Mask, q: int, k: int, T: int, S: int, *, by: Literal["queries", "
     if by == "keys":
         some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
     rank = np_or_jnp.where(some, np_or_jnp.where(every, 1, 0), 2)
-    order = np_or_jnp.argsort(rank, axis=-1, stable=True) if np_or_jnp is jnp else np.argsort(rank, -1, "stable")
+    order = np_or_jnp.argsort(rank, axis=-1, stable=True)
     count = functools.partial(np_or_jnp.sum, axis=-1, dtype=np.int32)
     return Work(order.astype(np.int32), count(rank == 0), count(rank == 1))

@@ -31,18 +31,26 @@ def attention(
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     high = dict(precision="highest", preferred_element_type=jnp.float32)
     logits_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, **high) * scale
-    if softcap is not None:
-        logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
+    logits_BKGTS = capped(logits_BKGTS, softcap)
     if slopes_N is not None:
         distance_TS = jnp.abs(jnp.arange(T)[:, None] + shift - jnp.arange(S)[None, :])
         logits_BKGTS -= slopes_N.reshape(K, N // K, 1, 1) * distance_TS
     seen_B11TS = jnp.asarray(dense(mask, T, S))[:, None, None]
-    logits_BKGTS = jnp.where(seen_B11TS, logits_BKGTS, -jnp.inf)
-    top_BKGT1 = jnp.maximum(logits_BKGTS.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)
-    weights_BKGTS = jnp.where(seen_B11TS, jnp.exp(logits_BKGTS - jax.lax.stop_gradient(top_BKGT1)), 0)
-    total_BKGT1 = weights_BKGTS.sum(-1, keepdims=True)
-    some_BKGT1 = total_BKGT1 > 0
-    total_BKGT1 = jnp.where(some_BKGT1, total_BKGT1, 1)
-    o_BTKGV = jnp.einsum("BKGTS,BSKV->BTKGV", weights_BKGTS / total_BKGT1, v_BSKV.astype(jnp.float32), **high)
-    log_BKGT = jnp.where(some_BKGT1, top_BKGT1 + jnp.log(total_BKGT1), -jnp.inf)[..., 0]
+    weights_BKGTS, log_BKGT = softmax(logits_BKGTS, seen_B11TS)
+    o_BTKGV = jnp.einsum("BKGTS,BSKV->BTKGV", weights_BKGTS, v_BSKV.astype(jnp.float32), **high)
     return o_BTKGV.reshape(B, T, N, -1).astype(v_BSKV.dtype), log_BKGT.reshape(B, N, T)
+
+
+def capped(logits: jax.Array, softcap: float | None) -> jax.Array:
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def softmax(logits: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Over the last axis, of what is seen, and the log of its denominator; 0 and -inf where nothing is."""
+    logits = jnp.where(seen, logits, -jnp.inf)
+    top = jnp.maximum(logits.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)
+    weights = jnp.where(seen, jnp.exp(logits - jax.lax.stop_gradient(top)), 0)
+    total = weights.sum(-1, keepdims=True)
+    some = total > 0
+    total = jnp.where(some, total, 1)
+    return weights / total, jnp.where(some, top + jnp.log(total), -jnp.inf)[..., 0]

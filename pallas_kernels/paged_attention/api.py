@@ -1,8 +1,10 @@
 """Attention over a paged cache by whatever is best where it runs."""
 
+import functools
+
 import jax
 
-from pallas_kernels.attention.api import IMPLEMENTATIONS, on_hopper
+from pallas_kernels.attention.api import chosen, scale_of
 from pallas_kernels.paged_attention import reference
 
 
@@ -29,7 +31,7 @@ def paged_attention(
 
     Args:
       scale: H ** -0.5 if None; positive.
-      implementation: one of IMPLEMENTATIONS; None takes the best that applies.
+      implementation: `gpu` or `reference`; None takes the best that applies.
       parts: of a sequence that the GPU's kernel works on at the same time; None: by the sizes.
       interpret: runs the kernel on any platform, slowly: for tests.
 
@@ -48,25 +50,22 @@ def paged_attention(
     if len(scales) == 1 or any(x.shape != (P, K, L) for x in scales):
         shapes = ", ".join(str(x.shape) for x in scales)
         raise ValueError(f"k_scale_PKL and v_scale_PKL must be given both, {(P, K, L)} each, or neither; got {shapes}")
-    scale = H**-0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f"scale={scale} must be positive")
+    scale = scale_of(scale, H)
     if parts is not None and parts < 1:
         raise ValueError(f"parts={parts} must be at least 1")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
     how = dict(
         scale=scale, window=window, sinks=sinks, softcap=softcap, k_scale_PKL=k_scale_PKL, v_scale_PKL=v_scale_PKL
     )  # fmt: skip
-    if implementation == "gpu" or implementation is None and on_hopper():
-        from pallas_kernels.paged_attention import gpu  # late: slow to load, and of no use elsewhere
+    args = q_BTNH, k_PKLH, v_PKLH, table_BM, length_B
+    why_not = functools.partial(_why_not, q_BTNH, k_PKLH, scaled=bool(scales))
+    if chosen(implementation, why_not, interpret=interpret) == "reference":
+        return reference.paged_attention(*args, **how)
+    from pallas_kernels.paged_attention import gpu  # late: slow to load, and of no use elsewhere
 
-        why = gpu.why_not(q_BTNH, k_PKLH, scaled=bool(scales))
-        if why is None and not interpret and not on_hopper():
-            why = "it needs a Hopper GPU"
-        if why is None:
-            args = q_BTNH, k_PKLH, v_PKLH, table_BM, length_B
-            return gpu.paged_attention(*args, **how, parts=parts, interpret=interpret)
-        if implementation == "gpu":
-            raise ValueError(f"implementation='gpu': {why}")
-    return reference.paged_attention(q_BTNH, k_PKLH, v_PKLH, table_BM, length_B, **how)
+    return gpu.paged_attention(*args, **how, parts=parts, interpret=interpret)
+
+
+def _why_not(q_BTNH: jax.Array, k_PKLH: jax.Array, *, scaled: bool) -> str | None:
+    from pallas_kernels.paged_attention import gpu
+
+    return gpu.why_not(q_BTNH, k_PKLH, scaled=scaled)

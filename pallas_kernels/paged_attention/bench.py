@@ -6,16 +6,14 @@ Beside it, in turns: cuDNN's attention over the same keys and values where they 
 what a copy moves, read and written. `ratio` is the smallest of (cuDNN's time / ours) of one token, bfloat16.
 """
 
-import argparse
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.api import paged_attention
-from pallas_kernels.timing import in_turns, machine, write
+from pallas_kernels.timing import arguments, in_turns, machine, write
 
 GROUPS, HEADS, SIZE = 8, 8, 128  # query heads of a key head, key heads, their size
 CASES = [
@@ -51,9 +49,7 @@ def case(B: int, S: int, T: int, L: int, dtype: str, rounds: int) -> dict[str, A
         runs["cudnn, not paged"] = functools.partial(whole, q, k.reshape(shape), v.reshape(shape))
     times = in_turns(runs, rounds=rounds)
     size = sum(x.nbytes for x in (k, v, *scales.values()))
-    found = {
-        n: {"ms": [1e3 * s for s in t.rounds], "terabytes_per_second": size / t.median / 1e12} for n, t in times.items()
-    }
+    found = {n: {"ms": t.ms, "terabytes_per_second": size / t.median / 1e12} for n, t in times.items()}
     return {"B": B, "S": S, "T": T, "page": L, "dtype": dtype, "bytes": size, **found}
 
 
@@ -65,10 +61,7 @@ def copy(rounds: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE too")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     cases = [case(*sizes, args.rounds) for sizes in CASES]
     peer, rate = "cudnn, not paged", "terabytes_per_second"
     ratio = min(c["ours"][rate] / c[peer][rate] for c in cases if peer in c and c["T"] == 1)

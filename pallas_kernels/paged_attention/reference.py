@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention.reference import capped, softmax
+
 
 def paged_attention(
     q_BTNH: jax.Array,
@@ -44,15 +46,11 @@ def paged_attention(
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32)
     high = dict(precision="highest", preferred_element_type=jnp.float32)
     logits_BKGTS = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, **high) * scale
-    if softcap is not None:
-        logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
     q_BT1 = (length_B[:, None] - T + jnp.arange(T))[..., None]
     k_S = jnp.arange(table_BM.shape[1] * L)
     seen_BTS = (k_S <= q_BT1) & (q_BT1 >= 0)
     if window is not None:
         seen_BTS &= (k_S > q_BT1 - window) | (k_S < sinks)
-    logits_BKGTS = jnp.where(seen_BTS[:, None, None], logits_BKGTS, -jnp.inf)
-    top = jnp.maximum(logits_BKGTS.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)
-    weights = jnp.where(seen_BTS[:, None, None], jnp.exp(logits_BKGTS - top), 0)
-    weights /= jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH, **high).reshape(B, T, N, H).astype(q_BTNH.dtype)
+    weights_BKGTS, _ = softmax(capped(logits_BKGTS, softcap), seen_BTS[:, None, None])
+    o_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, v_BKSH, **high)
+    return o_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
