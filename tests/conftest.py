@@ -5,9 +5,13 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
-# Devices that wait 40 seconds for each other end the process, which a busy machine may take.
+# Most of the time here is spent in the compiler: half of it optimizes code that runs once (tests of the command line
+# start processes without this). Devices that wait 40 seconds for each other end the process, and a busy machine may
+# take that long.
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

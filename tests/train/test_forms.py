@@ -129,9 +129,7 @@ def trained(cfg: RunConfig) -> Run:
     setup = set_up(cfg, jax.devices()[: np.prod(cfg.mesh.sizes)])
     by_layer = functools.partial(unstack, cfg=cfg.model, places=setup.places)
     state = start(setup)
-    # Most of the time here is spent in the compiler.
-    step = make_train_step(setup).lower(setup.state, abstract_batch(setup, cfg.batch, 16))
-    step = step.compile({"xla_backend_optimization_level": 0})
+    step = make_train_step(setup).lower(setup.state, abstract_batch(setup, cfg.batch, 16)).compile()
     losses, weights, lost = [], [by_layer(jax.device_get(state.params))], None
     for i in range(2):
         state, sums = step(state, place_batch(setup, random_batch(seed=i)))

@@ -30,7 +30,7 @@ class Program:
     def __init__(self, cfg: RunConfig):
         self.setup = set_up(cfg, jax.devices()[: np.prod(cfg.mesh.sizes)])
         step = make_train_step(self.setup).lower(self.setup.state, abstract_batch(self.setup, cfg.batch, LENGTH))
-        self.step = step.compile({"xla_backend_optimization_level": 0})
+        self.step = step.compile()
 
     @functools.cached_property
     def first(self) -> TrainState:
