@@ -105,8 +105,8 @@ def test_diloco_is_algorithm_1_and_the_last_step_is_a_meeting():
                 velocity[name] = 0.9 * velocity[name] + change
                 anchor[name] = x - 0.7 * (change + 0.9 * velocity[name])
             each = [state._replace(params=jax.tree.map(jnp.array, anchor)) for state in each]
-        assert_close(mine.params, anchor, 2e-5)
-    assert_close(mine.opt.velocity, velocity, 2e-5)
+        assert_close(mine.params, anchor, 5e-5)
+    assert_close(mine.opt.velocity, velocity, 5e-5)
 
 
 @pytest.mark.slow
