@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 
 # Most of the time here is spent in the compiler: half of it optimizes code that runs once (tests of the command line
-# start processes without this). Devices that wait 40 seconds for each other end the process, and a busy machine may
-# take that long.
+# start processes without this). Devices that wait for each other hold a thread each, of no more than there are devices
+# or cores: with none left for the products of the last one they wait for ever, and end the process after a while.
+os.environ.setdefault("NPROC", "12")  # threads
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
