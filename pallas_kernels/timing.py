@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,19 +52,24 @@ def in_turns(functions: dict[str, Callable[[], Any]], *, rounds: int, seconds: f
     return {name: Times(tuple(times)) for name, times in found.items()}
 
 
-def arguments(doc: str) -> argparse.Namespace:
+def options(doc: str) -> argparse.ArgumentParser:
     """Of a measurement that `doc` describes: where to write it (`json`), and `rounds`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE too")
     parser.add_argument("--rounds", type=int, default=5)
-    return parser.parse_args()
+    return parser
 
 
 def machine() -> dict[str, Any]:
-    return {
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
-        "python": platform.python_version(),
-    }  # fmt: skip
+    return {"device": jax.devices()[0].device_kind, **versions()}
+
+
+def versions() -> dict[str, str | None]:
+    found = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": platform.python_version()}
+    try:
+        return found | {"libtpu": metadata.version("libtpu")}
+    except metadata.PackageNotFoundError:
+        return found
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """Attention by whatever is best where it runs: one definition, a reference and kernels that come close to it."""
 
 import functools
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +13,6 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.masks import Full, Mask
 
-IMPLEMENTATIONS = ("gpu", "reference")
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-
 
 class _Static(NamedTuple):
     """What does not change within a compiled program."""
@@ -21,12 +20,15 @@ class _Static(NamedTuple):
     scale: float
     softcap: float | None
     shift: int
-    name: str | None
     interpret: bool
+    kernel: str
+    name: str | None
+    chip: str
 
     def how(self, slopes_N: jax.Array | None) -> dict[str, Any]:
-        told = {name: value for name, value in self._asdict().items() if name != "name"}
-        return told | {"slopes_N": slopes_N}
+        told = {name: getattr(self, name) for name in ("scale", "softcap", "shift", "interpret")}
+        memory = {"memory": vector_memory(self.chip)} if self.kernel == "tpu" else {}
+        return told | memory | {"slopes_N": slopes_N}
 
 
 def attention(
@@ -54,7 +56,7 @@ def attention(
       softcap: logits become softcap * tanh(logits / softcap).
       slopes_N: ALiBi's; slope * distance is taken off the logits. Not differentiated.
       shift: query i stands at place i + shift of the keys, for distances; masks have their own.
-      implementation: one of IMPLEMENTATIONS; None takes the best that applies.
+      implementation: `gpu`, `tpu` or `reference`; None takes the best that applies.
       name: what rematerialisation policies know the result and the log-sum-exp by.
       chip: `device_kind` of what this is compiled for; None: the default device.
       interpret: runs the kernel on any platform, slowly: for tests.
@@ -67,24 +69,43 @@ def attention(
     if slopes_N is not None and slopes_N.shape != (N,):
         raise ValueError(f"slopes of shape {slopes_N.shape} must be one of each of {N} query heads")
     _check(mask, B, T, S)
-    why_not = functools.partial(_why_not, q_BTNH, k_BSKH, v_BSKV)
-    implementation = chosen(implementation, why_not, chip=chip, interpret=interpret)
+    kernels = {name: functools.partial(_why_not, name, q_BTNH, k_BSKH, v_BSKV) for name in CHIPS}
+    implementation = chosen(implementation, kernels, chip=chip, interpret=interpret)
     if implementation == "reference":
         how = dict(scale=scale, softcap=softcap, slopes_N=slopes_N, shift=shift)
         o_BTNV, _ = reference.attention(q_BTNH, k_BSKH, v_BSKV, mask, **how)
         return o_BTNV if name is None else checkpoint_name(o_BTNV, name)
-    static = _Static(float(scale), softcap, shift, name, interpret)
+    static = _Static(float(scale), softcap, shift, interpret, implementation, name, chip or _default())
     return _attention(static, q_BTNH, k_BSKH, v_BSKV, mask, slopes_N)
 
 
 def applies(chip: str, q_BTNH: jax.Array, k_BSKH: jax.Array) -> bool:
     """Whether a kernel takes arrays of these shapes and dtypes on a chip of this kind."""
-    return on_hopper(chip) and _why_not(q_BTNH, k_BSKH, k_BSKH) is None
+    return any(CHIPS[name].has(chip) and _why_not(name, q_BTNH, k_BSKH, k_BSKH) is None for name in CHIPS)
 
 
-def on_hopper(chip: str | None = None) -> bool:
-    """Whether a chip of this `device_kind` (None: the default device) is one that the GPU kernels are written for."""
-    return any(word.startswith(HOPPER) for word in (chip or _default()).split())
+class Chips(NamedTuple):
+    """What a kernel is written for: what it is called, and whether a chip of some `device_kind` is one."""
+
+    name: str
+    has: Callable[[str], bool]
+
+
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+CHIPS = {
+    "gpu": Chips("a Hopper GPU", lambda chip: any(word.startswith(HOPPER) for word in chip.split())),
+    "tpu": Chips("a TPU", lambda chip: chip.startswith("TPU")),
+}
+
+
+def on_hopper() -> bool:
+    """Whether the default device is one that the GPU kernels are written for."""
+    return CHIPS["gpu"].has(_default())
+
+
+def vector_memory(chip: str) -> int:
+    """Bytes of a TPU core's VMEM: that of v5e and v6e, or 64 MiB as others from v5p on have."""
+    return (128 if chip.endswith("lite") else 64) * 2**20
 
 
 def _default() -> str:
@@ -94,23 +115,30 @@ def _default() -> str:
 
 
 def chosen(
-    implementation: str | None, why_not: Callable[[], str | None], *, chip: str | None = None, interpret: bool = False
-) -> str:
+    implementation: str | None, kernels: Mapping[str, Callable[[], str | None]], *, chip: str | None = None,
+    interpret: bool = False,
+) -> str:  # fmt: skip
     """The implementation that was asked for or, of None, the best that applies.
 
     Args:
-      why_not: what of the arrays the GPU's kernel cannot take.
+      kernels: by their names in CHIPS; each says what of the arrays it cannot take.
       chip: `device_kind` of what is compiled for; None: the default device.
 
     Raises:
       ValueError: no such implementation, or one that does not apply.
     """
-    elsewhere = None if interpret or on_hopper(chip) else f"it needs a Hopper GPU, this is {chip or _default()}"
+
+    def why_not(name: str) -> str | None:
+        if why := kernels[name]():
+            return why
+        here = chip or _default()
+        return None if interpret or CHIPS[name].has(here) else f"it needs {CHIPS[name].name}, this is {here}"
+
     if implementation is None:
-        return "reference" if elsewhere or why_not() else "gpu"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "gpu" and (why := why_not() or elsewhere):
+        return next((name for name in kernels if why_not(name) is None), "reference")
+    if implementation not in (known := (*kernels, "reference")):
+        raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(known)}")
+    if implementation in kernels and (why := why_not(implementation)):
         raise ValueError(f"implementation={implementation!r}: {why}")
     return implementation
 
@@ -151,10 +179,12 @@ def _check(mask: Mask, B: int, T: int, S: int) -> None:
     mask.mapped(check)
 
 
-def _why_not(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
-    from pallas_kernels.attention import gpu  # late: slow to load, and of no use elsewhere
+def _kernel(name: str) -> ModuleType:
+    return importlib.import_module(f"pallas_kernels.attention.{name}")  # late: slow to load, and of no use elsewhere
 
-    return gpu.why_not(q, k, v)
+
+def _why_not(name: str, q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
+    return _kernel(name).why_not(q, k, v)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -163,19 +193,15 @@ def _attention(static: _Static, q, k, v, mask, slopes_N):
 
 
 def _forward(static: _Static, q, k, v, mask, slopes_N):
-    from pallas_kernels.attention import gpu
-
-    o, lse = gpu.forward(q, k, v, mask, **static.how(slopes_N))
+    o, lse = _kernel(static.kernel).forward(q, k, v, mask, **static.how(slopes_N))
     if static.name is not None:
         o, lse = checkpoint_name(o, static.name), checkpoint_name(lse, static.name)
     return o, (q, k, v, o, lse, mask, slopes_N)
 
 
 def _backward(static: _Static, kept, do):
-    from pallas_kernels.attention import gpu
-
     q, k, v, o, lse, mask, slopes_N = kept
-    gradients = gpu.backward(q, k, v, o, lse, do, mask, **static.how(slopes_N))
+    gradients = _kernel(static.kernel).backward(q, k, v, o, lse, do, mask, **static.how(slopes_N))
     return *gradients, None, None if slopes_N is None else jnp.zeros_like(slopes_N)
 
 

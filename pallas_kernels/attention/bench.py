@@ -2,6 +2,10 @@
 
     python -m pallas_kernels.attention.bench [--json FILE]
 
+or, without any, the TPU's kernels beside JAX's own, by cycles that the TPU's compiler simulates (extra: tpu):
+
+    python -m pallas_kernels.attention.bench --static v5e|v5p|v6e|tpu7x [--tune] [--json FILE]
+
 Causal, bfloat16; `ratio` is the smallest of (the best peer's time / ours) over forward and forward and backward.
 """
 
@@ -11,9 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention import static
 from pallas_kernels.attention.api import attention
 from pallas_kernels.attention.masks import Causal, Documents, Full, Window
-from pallas_kernels.timing import Times, arguments, in_turns, machine, write
+from pallas_kernels.static import CHIPS
+from pallas_kernels.timing import Times, in_turns, machine, options, versions, write
 
 CASES = [(2, 8192, 16, 16, 128), (1, 16384, 16, 16, 128), (2, 8192, 32, 8, 128), (2, 8192, 32, 32, 64)]  # B, T, N, K, H
 
@@ -74,7 +80,12 @@ def masked(rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    args = arguments(__doc__)
+    parser = options(__doc__)
+    parser.add_argument("--static", choices=CHIPS, metavar="CHIP", help=f"one of {', '.join(CHIPS)}")
+    parser.add_argument("--tune", action="store_true", help="try all sizes of blocks")
+    args = parser.parse_args()
+    if args.static:
+        return write(args.json, static.measured(args.static, tune=args.tune) | {"versions": versions()})
     cases = [case(*sizes, args.rounds) for sizes in CASES]
     ratio = min(c[name]["ratio"] for c in cases for name in ("forward", "forward and backward"))
     write(args.json, {"ratio": ratio, "machine": machine(), "cases": cases, "masks": masked(args.rounds)})

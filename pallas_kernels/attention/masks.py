@@ -6,6 +6,7 @@ prefixes) are data: a mask is a pytree and passes through `jax.jit`. Query i sta
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -92,12 +93,9 @@ class Window(Mask):
     shift: int = 0
 
     def visible(self, q: Array, k: Array) -> Array:
-        seen = (q >= 0) & (k >= 0)
-        if self.left is not None:
-            seen = seen & (k >= q + (self.shift - self.left))
-        if self.right is not None:
-            seen = seen & (k <= q + (self.shift + self.right))
-        return seen
+        near = [] if self.left is None else [k >= q + (self.shift - self.left)]
+        near += [] if self.right is None else [k <= q + (self.shift + self.right)]
+        return functools.reduce(operator.and_, near) if near else Full().visible(q, k)
 
     def block(self, q: Range, k: Range) -> Seen:
         nearest = Window(self.left, None, self.shift).visible(q.low, k.high)
@@ -236,28 +234,32 @@ class Work(NamedTuple):
     full: Array
 
 
-def work(mask: Mask, q: int, k: int, T: int, S: int, *, by: Literal["queries", "keys"] = "queries") -> Work:
-    """The work of blocks of `q` queries with blocks of `k` keys; numpy arrays if the mask has none.
+def work(
+    mask: Mask, q: int, k: int, T: int, S: int, *, by: Literal["queries", "keys"] = "queries",
+    q_begin: int = 0, k_begin: int = 0,
+) -> Work:  # fmt: skip
+    """The work of blocks of `q` queries with blocks of `k` keys; numpy arrays if those of the mask are, or it has none.
 
     Args:
       T: queries; the last block of them may be filled up with others, whose work does not matter.
       S: keys; later ones, in the last block of keys, nobody sees.
       by: what the rows of the answer are blocks of.
+      q_begin: index of the first query, and k_begin of the first key; arrays of the mask begin there too.
     """
-    np_or_jnp = jnp if jax.tree.leaves(mask) else np
-    q_low = np.arange(0, T, q)[None, :, None]
-    k_low = np.arange(0, S, k)[None, None, :]
+    np_or_jnp = np if all(isinstance(x, np.ndarray) for x in jax.tree.leaves(mask)) else jnp
+    q_low = q_begin + np.arange(0, T, q)[None, :, None]
+    k_low = k_begin + np.arange(0, S, k)[None, None, :]
 
     def ranges(x: Array, role: Role) -> Range:
         if role == "row":
             return Range(x[:, None, None], x[:, None, None])
         size, axis = (q, 2) if role == "queries" else (k, 1)
-        blocks = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), mode="edge").reshape(x.shape[0], -1, size)
-        return Range(jnp.expand_dims(blocks.min(2), axis), jnp.expand_dims(blocks.max(2), axis))
+        blocks = np_or_jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), mode="edge").reshape(x.shape[0], -1, size)
+        return Range(np_or_jnp.expand_dims(blocks.min(2), axis), np_or_jnp.expand_dims(blocks.max(2), axis))
 
-    seen = mask.mapped(ranges).block(Range(q_low, q_low + q - 1), Range(k_low, np.minimum(k_low + k, S) - 1))
+    seen = mask.mapped(ranges).block(Range(q_low, q_low + q - 1), Range(k_low, np.minimum(k_low + k, k_begin + S) - 1))
     some = np_or_jnp.broadcast_to(seen.some, (seen.some.shape[0], q_low.size, k_low.size))
-    every = np_or_jnp.broadcast_to(seen.every, some.shape) & (k_low + k <= S)
+    every = np_or_jnp.broadcast_to(seen.every, some.shape) & (k_low + k <= k_begin + S)
     if by == "keys":
         some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
     rank = np_or_jnp.where(some, np_or_jnp.where(every, 1, 0), 2)

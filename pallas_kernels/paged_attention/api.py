@@ -57,8 +57,8 @@ def paged_attention(
         scale=scale, window=window, sinks=sinks, softcap=softcap, k_scale_PKL=k_scale_PKL, v_scale_PKL=v_scale_PKL
     )  # fmt: skip
     args = q_BTNH, k_PKLH, v_PKLH, table_BM, length_B
-    why_not = functools.partial(_why_not, q_BTNH, k_PKLH, scaled=bool(scales))
-    if chosen(implementation, why_not, interpret=interpret) == "reference":
+    kernels = {"gpu": functools.partial(_why_not, q_BTNH, k_PKLH, scaled=bool(scales))}
+    if chosen(implementation, kernels, interpret=interpret) == "reference":
         return reference.paged_attention(*args, **how)
     from pallas_kernels.paged_attention import gpu  # late: slow to load, and of no use elsewhere
 

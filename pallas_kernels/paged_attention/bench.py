@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.api import paged_attention
-from pallas_kernels.timing import arguments, in_turns, machine, write
+from pallas_kernels.timing import in_turns, machine, options, write
 
 GROUPS, HEADS, SIZE = 8, 8, 128  # query heads of a key head, key heads, their size
 CASES = [
@@ -61,7 +61,7 @@ def copy(rounds: int) -> float:
 
 
 def main() -> None:
-    args = arguments(__doc__)
+    args = options(__doc__).parse_args()
     cases = [case(*sizes, args.rounds) for sizes in CASES]
     peer, rate = "cudnn, not paged", "terabytes_per_second"
     ratio = min(c["ours"][rate] / c[peer][rate] for c in cases if peer in c and c["T"] == 1)

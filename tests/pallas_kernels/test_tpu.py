@@ -1,0 +1,96 @@
+"""TPU kernels by the real compiler: they compile for every chip, and its simulator says how fast they are."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import static
+from pallas_kernels.attention import static as attention_static
+from pallas_kernels.attention import tpu
+from pallas_kernels.attention.api import attention, vector_memory
+from pallas_kernels.attention.masks import Causal, Documents, Sinks, Window, work
+from tests.pallas_kernels.test_attention_masks import kinds
+
+FORWARD, BACKWARD = ([*attention_static.TUNINGS[which][0]] for which in ("forward", "backward"))
+
+
+def kernel_cycles(chip: str, **how) -> int:
+    return static.simulated(chip, "pallas_kernels.attention.static:ours", H=128, **how)["cycles"]
+
+
+@given(st.data(), st.sampled_from([(1, 1), (40, 40), (70, 33)]), st.sampled_from([(4, 8), (12, 5)]))
+@settings(max_examples=60)
+def test_steps_as_arithmetic_are_those_of_the_work(data, sizes, blocks):
+    todo = work(data.draw(kinds(1, *sizes)), *blocks, *sizes)
+    steps = tpu.closed(jax.tree.map(np.asarray, todo))
+    if steps is None:
+        return
+    for i in range(todo.order.shape[1]):
+        assert (steps.partial(i), steps.full(i)) == (todo.partial[0, i], todo.full[0, i])
+        for step in range(int(todo.partial[0, i] + todo.full[0, i])):
+            assert steps.at(i, step) == todo.order[0, i, step]
+
+
+@pytest.mark.parametrize("mask", [Causal(), Causal() & Window(1023), (Causal() & Window(1023)) | (Sinks(4) & Causal())])
+@pytest.mark.parametrize("by", ["queries", "keys"])
+def test_causal_work_and_that_of_windows_is_arithmetic(mask, by):
+    assert tpu.closed(work(mask, 512, 512, 32768, 32768, by=by)) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(
+    ("T", "H"), [*((T, H) for T in (1024, 32768) for H in (64, 128, 256)), (4096, 128), (8192, 128)]
+)
+@pytest.mark.parametrize("chip", static.CHIPS)
+def test_attention_compiles_for_every_chip(chip, T, H, monkeypatch):
+    for name, value in static.environment(chip).items():
+        monkeypatch.setitem(os.environ, name, value)
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc(static.CHIPS[chip].topology, "tpu").devices[0]
+    here = jax.sharding.SingleDeviceSharding(device)
+    shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=here)
+
+    def gradients(q, k, v, do, document):
+        mask = Causal() & Documents(document, document)
+        run = lambda q, k, v: attention(q, k, v, mask=mask, implementation="tpu", chip=device.device_kind)
+        o, pull = jax.vjp(run, q, k, v)
+        return o, *pull(do)
+
+    q, k = shape(1, T, 2, H), shape(1, T, 1, H)
+    done = jax.jit(gradients).lower(q, k, k, q, shape(1, T, dtype=jnp.int32)).compile()
+    assert done.as_text().count("tpu_custom_call") >= 2
+    whole = T * T * 2  # bytes of one head's logits in bfloat16
+    assert done.memory_analysis().temp_size_in_bytes < max(whole, 64 << 20)
+    assert vector_memory(device.device_kind) >= 64 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_masks_cost_what_they_leave(chip):
+    """Windows of 1024 tokens and eight documents of as many, in 8192: a quarter of the blocks and less."""
+    for which, tuning in (("forward", FORWARD), ("backward", BACKWARD)):
+        how = dict(T=8192, which=which, tuning=tuning)
+        causal = kernel_cycles(chip, **how)
+        assert kernel_cycles(chip, mask="window of 1024", **how) <= 0.35 * causal
+        assert kernel_cycles(chip, mask="8 documents", **how) <= 0.25 * causal
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_causal_attention_takes_no_more_cycles_than_jax_s_own(chip):
+    """At 4096 tokens, beside splash attention in blocks of 1024, the best of those that `bench.py --static` tries."""
+    ours = [kernel_cycles(chip, T=4096, which="forward", tuning=FORWARD)]
+    ours.append(ours[0] + kernel_cycles(chip, T=4096, which="backward", tuning=BACKWARD))
+    peer = "pallas_kernels.attention.static:splash"
+    for backward, cycles, most in ((False, ours[0], 1.0), (True, ours[1], 0.9)):
+        theirs = static.simulated(chip, peer, T=4096, H=128, block=1024, step=512, backward=backward)["cycles"]
+        assert cycles <= most * theirs
