@@ -75,7 +75,7 @@ def simulated(chip: str, make: str, *, bundles: bool = False, timeout: float = 9
 def kernels(chip: str, text: str, folder: Path) -> list[dict[str, Any]]:
     """The kernels of a compiled program's text."""
     found = []
-    for line in text.splitlines():
+    for line in re.sub(r"kernel_metadata=\{\n(.*\n)?\}", "", text).splitlines():  # it has lines of its own
         if 'custom_call_target="tpu_custom_call"' not in line:
             continue
         name, rest = re.search(r"%?([\w.\-]+) = (.*)", line).groups()
