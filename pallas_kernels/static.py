@@ -38,7 +38,10 @@ BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "p
 
 
 def environment(chip: str) -> dict[str, str]:
-    """What libtpu needs to be told to compile for a chip that is not here."""
+    """What libtpu needs to be told to compile for a chip that is not here.
+
+    Else it looks for the metadata server of a TPU machine, for many seconds, and a second process that compiles dies.
+    """
     return {
         "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
         "TPU_ACCELERATOR_TYPE": CHIPS[chip].accelerator, "JAX_PLATFORMS": "cpu", "TPU_STDERR_LOG_LEVEL": "3",

@@ -127,19 +127,16 @@ def chosen(
     Raises:
       ValueError: no such implementation, or one that does not apply.
     """
-
-    def why_not(name: str) -> str | None:
-        if why := kernels[name]():
-            return why
-        here = chip or _default()
-        return None if interpret or CHIPS[name].has(here) else f"it needs {CHIPS[name].name}, this is {here}"
-
-    if implementation is None:
-        return next((name for name in kernels if why_not(name) is None), "reference")
+    here = chip or _default()
+    at_home = [name for name in kernels if interpret or CHIPS[name].has(here)]
+    if implementation is None:  # only a kernel that could run is loaded to be asked
+        return next((name for name in at_home if kernels[name]() is None), "reference")
     if implementation not in (known := (*kernels, "reference")):
         raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(known)}")
-    if implementation in kernels and (why := why_not(implementation)):
-        raise ValueError(f"implementation={implementation!r}: {why}")
+    if implementation in kernels:
+        elsewhere = None if implementation in at_home else f"it needs {CHIPS[implementation].name}, this is {here}"
+        if why := kernels[implementation]() or elsewhere:
+            raise ValueError(f"implementation={implementation!r}: {why}")
     return implementation
 
 

@@ -10,7 +10,6 @@ are wholly visible and need no mask. All sums have an order, so that the same ar
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,11 +19,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.attention.logits import LOG2E, bent, of_queries, unit, whole
 from pallas_kernels.attention.masks import Mask, Role, Work, work
 
 ROWS = 64  # of one warpgroup's products
 GROUPS = 2  # warpgroups that compute
-LOG2E = math.log2(math.e)
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 COMPILE = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
@@ -70,23 +69,15 @@ class Logits(NamedTuple):
     @property
     def unit(self) -> float:
         """What turns `of` into exponents of 2."""
-        return LOG2E * (self.scale if self.softcap is None and self.slopes is None else 1)
+        return unit(self.scale, self.softcap, self.slopes is not None)
 
     def placed(self, masked: bool) -> bool:
         """Whether `of` looks at where queries and keys stand."""
         return masked or self.slopes is not None
 
     def of(self, s, b, n, q_low, k_low, *, q_axis: int, masked: bool):
-        """Logits of products of queries from `q_low` and keys from `k_low`, and their derivatives, but for `scale`.
-
-        If nothing bends them, they are left undivided by `scale`, and the derivatives, all 1, are None.
-        """
-        slope = None
-        if self.softcap is not None:
-            t = tanh(s * (self.scale / self.softcap))
-            s, slope = self.softcap * t, 1 - t * t
-        elif self.slopes is not None:
-            s = s * self.scale
+        """Logits of products of queries from `q_low` and keys from `k_low`, and their derivatives: see `bent`."""
+        s, slope = bent(s, self.scale, self.softcap, self.slopes is not None, tanh)
         if not self.placed(masked):
             return s, slope
         index = [lax.broadcasted_iota(jnp.int32, s.shape, axis) for axis in (q_axis, 1 - q_axis)]
@@ -110,17 +101,11 @@ class Logits(NamedTuple):
 def _logits(mask, slopes_N, scale, softcap, shift, interpret, S: int, q_block: int, k_block: int) -> Logits:
     """With arrays of the mask in whole blocks."""
 
-    def whole(x: jax.Array, role: Role) -> jax.Array:
-        return x if role == "row" else _whole(x, q_block if role == "queries" else k_block)
+    def padded(x: jax.Array, role: Role) -> jax.Array:
+        return x if role == "row" else whole(x, q_block if role == "queries" else k_block)
 
     slopes_N = None if slopes_N is None else slopes_N.astype(jnp.float32)
-    return Logits(mask.mapped(whole), slopes_N, scale, softcap, shift, S, interpret)
-
-
-def _whole(x: jax.Array, block: int, axis: int = 1, fill: float = 0) -> jax.Array:
-    """Padded to whole blocks."""
-    pads = [(0, -n % block if i == axis else 0) for i, n in enumerate(x.shape)]
-    return jnp.pad(x, pads, constant_values=fill) if any(p[1] for p in pads) else x
+    return Logits(mask.mapped(padded), slopes_N, scale, softcap, shift, S, interpret)
 
 
 # --- what all kernels do --------------------------------------------------------------------------------------------
@@ -316,7 +301,7 @@ def forward(
     tuning = tuning or FORWARD[H]
     block, stages, rows = tuning.block, tuning.stages, ROWS * GROUPS
     logits = _logits(mask, slopes_N, scale, softcap, shift, interpret, S, rows, block)
-    q_BTNH, k_BSKH, v_BSKH = _whole(q_BTNH, rows), _whole(k_BSKH, block), _whole(v_BSKH, block)
+    q_BTNH, k_BSKH, v_BSKH = whole(q_BTNH, rows), whole(k_BSKH, block), whole(v_BSKH, block)
     add_up = functools.partial(sums, interpret=interpret)
 
     def kernel(todo, n, b, group, q_ref, k_ref, v_ref, mask_refs, slopes_ref, o_ref, lse_ref, *scratch):
@@ -437,15 +422,13 @@ def backward(
 
     Each asks for the logits anew, so that none waits for a sum that others add to: 7 products in place of 5.
     """
-    delta_BNT = jnp.einsum("BTNH,BTNH->BNT", o_BTNH, do_BTNH, preferred_element_type=jnp.float32)
-    # Exponents of 2; of a query that sees nothing, or is there to fill a block, the weights are to be 0.
-    top_BNT = jnp.where(lse_BNT == -jnp.inf, jnp.inf, lse_BNT * LOG2E)
+    top_BNT, delta_BNT = of_queries(o_BTNH, do_BTNH, lse_BNT)
     args = q_BTNH, k_BSKH, v_BSKH, do_BTNH, top_BNT, delta_BNT, mask
     how = dict(scale=scale, softcap=softcap, slopes_N=slopes_N, shift=shift, interpret=interpret)
-    return of_queries(*args, **how), *of_keys(*args, **how)
+    return for_queries(*args, **how), *for_keys(*args, **how)
 
 
-def of_queries(
+def for_queries(
     q_BTNH, k_BSKH, v_BSKH, do_BTNH, top_BNT, delta_BNT, mask, *, scale, softcap, slopes_N, shift, interpret,
     tuning: Tuning = OF_QUERIES,
 ) -> jax.Array:  # fmt: skip
@@ -453,9 +436,9 @@ def of_queries(
     (B, T, N, H), (S, K), dtype = q_BTNH.shape, k_BSKH.shape[1:3], q_BTNH.dtype
     block, stages, rows = tuning.block, tuning.stages, ROWS * GROUPS
     logits = _logits(mask, slopes_N, scale, softcap, shift, interpret, S, rows, block)
-    q_BTNH, do_BTNH = _whole(q_BTNH, rows), _whole(do_BTNH, rows)
-    k_BSKH, v_BSKH = _whole(k_BSKH, block), _whole(v_BSKH, block)
-    top_BNT, delta_BNT = _whole(top_BNT, rows, 2, jnp.inf), _whole(delta_BNT, rows, 2)
+    q_BTNH, do_BTNH = whole(q_BTNH, rows), whole(do_BTNH, rows)
+    k_BSKH, v_BSKH = whole(k_BSKH, block), whole(v_BSKH, block)
+    top_BNT, delta_BNT = whole(top_BNT, rows, 2, jnp.inf), whole(delta_BNT, rows, 2)
     add_up = functools.partial(sums, interpret=interpret)
 
     def kernel(
@@ -528,20 +511,20 @@ def of_queries(
     return dq_BTNH[:, :T]
 
 
-def of_keys(
+def for_keys(
     q_BTNH, k_BSKH, v_BSKH, do_BTNH, top_BNT, delta_BNT, mask, *, scale, softcap, slopes_N, shift, interpret,
     tuning: Tuning = OF_KEYS,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Gradients of keys and values: a block of them goes through the queries that see it, of all heads that share it.
 
-    Products are those of `of_queries` the other way round: rows are keys and columns queries.
+    Products are those of `for_queries` the other way round: rows are keys and columns queries.
     """
     (B, T, N, H), (S, K), dtype = q_BTNH.shape, k_BSKH.shape[1:3], q_BTNH.dtype
     block, stages, rows, heads = tuning.block, tuning.stages, ROWS * GROUPS, N // K
     logits = _logits(mask, slopes_N, scale, softcap, shift, interpret, S, block, rows)
-    q_BTNH, do_BTNH = _whole(q_BTNH, block), _whole(do_BTNH, block)
-    k_BSKH, v_BSKH = _whole(k_BSKH, rows), _whole(v_BSKH, rows)
-    top_BNT, delta_BNT = _whole(top_BNT, block, 2, jnp.inf), _whole(delta_BNT, block, 2)
+    q_BTNH, do_BTNH = whole(q_BTNH, block), whole(do_BTNH, block)
+    k_BSKH, v_BSKH = whole(k_BSKH, rows), whole(v_BSKH, rows)
+    top_BNT, delta_BNT = whole(top_BNT, block, 2, jnp.inf), whole(delta_BNT, block, 2)
     add_up = functools.partial(sums, interpret=interpret)
 
     def kernel(todo, head, b, group, q_ref, do_ref, top_ref, delta_ref, k_ref, v_ref, mask_refs, slopes_ref, *rest):

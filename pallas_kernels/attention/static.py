@@ -45,9 +45,8 @@ def made(f, T: int, H: int, backward: bool) -> Made:
 
 def ours(T: int, H: int, which: str, tuning: list[int], mask: str = "causal") -> Made:
     """Our `forward` or `backward` kernel."""
-    documents = np.repeat(np.arange(8, dtype=np.int32), T // 8)[
-        None
-    ]  # no argument: the simulator knows of their blocks
+    # No argument of the function: the simulator knows of their blocks.
+    documents = np.repeat(np.arange(8, dtype=np.int32), T // 8)[None]
     seen = {
         "causal": Causal(), "window of 1024": Causal() & Window(1023),
         "8 documents": Causal() & Documents(documents, documents),
@@ -125,15 +124,8 @@ def best(chip: str, make: str, tried: Iterable[dict[str, Any]], **arguments: Any
 def case(chip: str, T: int, H: int, *, tune: bool) -> dict[str, Any]:
     """Causal attention to T keys: ours and its peers, forward and with gradients."""
     ours_of = {
-        which: best(
-            chip,
-            "ours",
-            [{"tuning": t} for t in (TUNINGS[which] if tune else TUNINGS[which][:1])],
-            T=T,
-            H=H,
-            which=which,
-        )
-        for which in TUNINGS
+        which: best(chip, "ours", [{"tuning": t} for t in (tried if tune else tried[:1])], T=T, H=H, which=which)
+        for which, tried in TUNINGS.items()
     }
     found: dict[str, Any] = {"T": T, "H": H}
     forward = ours_of["forward"]["cycles"]
@@ -160,15 +152,15 @@ def _cores(chip: str) -> int:
 def measured(chip: str, lengths: Iterable[int] = (4096, 8192), *, tune: bool = False) -> dict[str, Any]:
     """What `bench.py --static` writes; `ratio` is the smallest of (the best peer's cycles / ours)."""
     cases = [case(chip, T, 128, tune=tune) for T in lengths]
-    tuning = {which: list(TUNINGS[which][0]) for which in TUNINGS}
-    ours_of = lambda which, **how: simulated(
-        chip, f"{__name__}:ours", T=8192, H=128, which=which, tuning=tuning[which], **how
-    )
-    whole = {which: ours_of(which) for which in TUNINGS}
+
+    def ours_of(which: str, **how: Any) -> dict[str, Any]:
+        return simulated(chip, f"{__name__}:ours", T=8192, H=128, which=which, tuning=TUNINGS[which][0], **how)
+
+    whole = {which: ours_of(which, bundles=True) for which in TUNINGS}
     masks = {
         mask: {which: ours_of(which, mask=mask)["cycles"] / whole[which]["cycles"] for which in TUNINGS}
         for mask in ("window of 1024", "8 documents")
     }
-    kernels = {which: ours_of(which, bundles=True)["kernels"] for which in TUNINGS}
+    kernels = {which: found["kernels"] for which, found in whole.items()}
     ratio = min(c[name]["ratio"] for c in cases for name in ("forward", "forward and backward"))
     return {"ratio": ratio, "chip": chip, "cases": cases, "masks": masks, "kernels": kernels}

@@ -13,7 +13,6 @@ same bits.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,12 +23,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.attention.logits import LOG2E, bent, of_queries, unit, whole
 from pallas_kernels.attention.masks import Mask, Role, Work, work
 
 LANES = 128
 MIB = 2**20
 SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
-LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,35 +158,22 @@ class Logits(NamedTuple):
     @property
     def unit(self) -> float:
         """What turns `of` into exponents of 2."""
-        return LOG2E * (self.scale if self.softcap is None and self.slopes is None else 1)
+        return unit(self.scale, self.softcap, self.slopes is not None)
 
     def of(self, s, n, q, k, mask: Mask | None):
-        """Logits of products, and their derivatives, but for `scale`.
-
-        If nothing bends them, they are left undivided by `scale`, and the derivatives, all 1, are None.
+        """Logits of products, and their derivatives: see `bent`.
 
         Args:
           q: indices of queries, and k of keys, which broadcast.
           mask: with arrays that broadcast; None: all see all.
         """
-        slope = None
-        if self.softcap is not None:
-            t = jnp.tanh(s * (self.scale / self.softcap))
-            s, slope = self.softcap * t, 1 - t * t
-        elif self.slopes is not None:
-            s = s * self.scale
+        s, slope = bent(s, self.scale, self.softcap, self.slopes is not None)
         if self.slopes is not None:
             s = s - self.slopes[n] * jnp.abs(q + self.shift - k).astype(jnp.float32)
         if mask is not None:
             seen = mask.visible(q, k)
             s = jnp.where(seen if self.S is None else seen & (k < self.S), s, -jnp.inf)
         return s, slope
-
-
-def whole(x: jax.Array, block: int, axis: int, fill: float = 0.0) -> jax.Array:
-    """Padded to whole blocks."""
-    pads = [(0, -n % block if i == axis else 0) for i, n in enumerate(x.shape)]
-    return jnp.pad(x, pads, constant_values=fill) if any(p[1] for p in pads) else x
 
 
 def rows(x: jax.Array, block: int, fill: float = 0.0) -> jax.Array:
@@ -232,10 +218,10 @@ def forward(
     size, buffers = _sections(S, a_key, 0, memory, tuning.chunk)
     found = None
     for begin in range(0, S, size):
-        end = min(begin + size, S)
+        cut = slice(begin, begin + size)
         part = _forward(
-            q_BTNH, k_BSKH[:, begin:end], v_BSKV[:, begin:end], _cut(mask, "keys", begin, end), begin=begin,
-            buffers=buffers, memory=memory, **how,
+            q_BTNH, k_BSKH[:, cut], v_BSKV[:, cut], _cut(mask, "keys", cut), begin=begin, buffers=buffers,
+            memory=memory, **how,
         )  # fmt: skip
         found = part if found is None else _merged(found, part)
     return found[0].astype(dtype), found[1]
@@ -260,8 +246,8 @@ def _sections(length: int, a_token: int, again: int, memory: int, block: int) ->
     return max(block, fits(1)), 1
 
 
-def _cut(mask: Mask, of: Role, begin: int, end: int) -> Mask:
-    return mask.mapped(lambda x, role: x[:, begin:end] if role == of else x)
+def _cut(mask: Mask, of: Role, cut: slice) -> Mask:
+    return mask.mapped(lambda x, role: x[:, cut] if role == of else x)
 
 
 def _merged(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -332,6 +318,7 @@ def _forward(
     o_BNTV, lse_BN1T = _call(
         kernel,
         f"tpu_attention_fwd:block_q={block}:block_kv={chunk}",
+        None if static else todo, slopes_N, arrays, q_BNTH, k_BKSH, v_BKSV,
         grid=(B, K, G, length // block),
         in_specs=[mask_specs, of_block((1, 1, block, H)), of_head((1, 1, keys, H)), of_head((1, 1, keys, V))],
         out_shape=[
@@ -343,7 +330,7 @@ def _forward(
         scratch=[(block, LANES), (block, LANES), (block, V)],
         memory=memory,
         interpret=interpret,
-    )(None if static else todo, slopes_N, arrays, q_BNTH, k_BKSH, v_BKSV)  # fmt: skip
+    )  # fmt: skip
     return o_BNTV.swapaxes(1, 2)[:, :T], lse_BN1T[:, :, 0, :T]
 
 
@@ -359,29 +346,27 @@ def _of_mask(mask: Mask, **roles: tuple[int, pl.BlockSpec]) -> tuple[Mask, Mask]
     return mask.mapped(array), mask.mapped(spec)
 
 
-def _call(kernel: Callable, name: str, *, grid, in_specs, out_shape, out_specs, scratch, memory: int, interpret: bool):
+def _call(
+    kernel: Callable, name: str, todo: Work | None, slopes_N: jax.Array | None, *args, grid, in_specs, out_shape,
+    out_specs, scratch, memory: int, interpret: bool,
+):  # fmt: skip
     """`pallas_call` of a kernel whose first arguments are work to read and slopes, in scalar memory, if there are."""
-
-    def call(todo: Work | None, slopes_N: jax.Array | None, *args):
-        todo = None if todo is None else jax.tree.map(jnp.asarray, todo)
-        slopes_N = None if slopes_N is None else slopes_N.astype(jnp.float32)
-        run = pl.pallas_call(
-            kernel,
-            out_shape=out_shape,
-            grid=grid,
-            in_specs=[*jax.tree.map(lambda _: SCALARS, (todo, slopes_N)), *in_specs],
-            out_specs=out_specs,
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-            compiler_params=None if interpret else pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-                vmem_limit_bytes=memory - 2 * MIB,
-            ),
-            interpret=interpret,
-        )  # fmt: skip
-        with jax.named_scope(name):
-            return run(todo, slopes_N, *args)
-
-    return call
+    todo = None if todo is None else jax.tree.map(jnp.asarray, todo)
+    slopes_N = None if slopes_N is None else slopes_N.astype(jnp.float32)
+    run = pl.pallas_call(
+        kernel,
+        out_shape=out_shape,
+        grid=grid,
+        in_specs=[*jax.tree.map(lambda _: SCALARS, (todo, slopes_N)), *in_specs],
+        out_specs=out_specs,
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        compiler_params=None if interpret else pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=memory - 2 * MIB
+        ),
+        interpret=interpret,
+    )  # fmt: skip
+    with jax.named_scope(name):
+        return run(todo, slopes_N, *args)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------
@@ -399,9 +384,7 @@ def backward(
     """
     (T, N, H), (S, K), V, dtype = q_BTNH.shape[1:], k_BSKH.shape[1:3], v_BSKV.shape[3], q_BTNH.dtype
     tuning = tuning or BACKWARD
-    delta_BNT = jnp.einsum("BTNV,BTNV->BNT", o_BTNV, do_BTNV, preferred_element_type=jnp.float32)
-    # Exponents of 2; of a query that sees nothing, or is there to fill a block, the weights are to be 0.
-    top_BNT = jnp.where(lse_BNT == -jnp.inf, jnp.inf, lse_BNT * LOG2E)
+    top_BNT, delta_BNT = of_queries(o_BTNV, do_BTNV, lse_BNT)
     q_BTNH, k_BSKH, v_BSKV, do_BTNV = map(taken, (q_BTNH, k_BSKH, v_BSKV, do_BTNV))
     how = dict(scale=scale, softcap=softcap, slopes_N=slopes_N, shift=shift, tuning=tuning, interpret=interpret)
     G, item = N // K, q_BTNH.dtype.itemsize
@@ -411,7 +394,7 @@ def backward(
         cut = slice(begin, begin + size)
         found.append(_backward(
             q_BTNH[:, cut], k_BSKH, v_BSKV, do_BTNV[:, cut], top_BNT[:, :, cut], delta_BNT[:, :, cut],
-            _cut(mask, "queries", begin, begin + size), begin=begin, buffers=buffers, memory=memory, **how,
+            _cut(mask, "queries", cut), begin=begin, buffers=buffers, memory=memory, **how,
         ))  # fmt: skip
     if len(found) == 1:
         return tuple(x.astype(dtype) for x in found[0])
@@ -493,6 +476,7 @@ def _backward(
     gradients = _call(
         kernel,
         f"tpu_attention_bwd:block_q_dkv={chunk}:block_kv_dkv={block}",
+        None if static else todo, slopes_N, arrays, q_BNTH, do_BNTV, top_BN1T, delta_BN1T, k_BKSH, v_BKSV,
         grid=(B, K, keys // block, G),
         in_specs=[
             mask_specs, of_queries((1, 1, length, H)), of_queries((1, 1, length, V)), of_queries((1, 1, 1, length)),
@@ -506,6 +490,6 @@ def _backward(
         scratch=[(G, length, H), (block, H), (block, V)],
         memory=memory,
         interpret=interpret,
-    )(None if static else todo, slopes_N, arrays, q_BNTH, do_BNTV, top_BN1T, delta_BN1T, k_BKSH, v_BKSV)  # fmt: skip
+    )  # fmt: skip
     dq, dk, dv = (x.swapaxes(1, 2) for x in gradients)
     return dq[:, :T], dk[:, :S], dv[:, :S]

@@ -16,9 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.gpu import (
-    COMPILE, LOG2E, ROWS, barrier, copy_ahead, divided, interpreted, loaded, over_rows, slot, softmax, sums, tanh,
+    COMPILE, ROWS, barrier, copy_ahead, divided, interpreted, loaded, over_rows, slot, softmax, sums, tanh,
     tiles,
 )  # fmt: skip
+from pallas_kernels.attention.logits import bent, unit
 
 PROCESSORS = 132  # of an H100 SXM or H200; a guess for others
 BLOCK = 64  # tokens of a step, at least
@@ -142,7 +143,7 @@ def paged_attention(
                 plgpu.copy_gmem_to_smem(q_ref.at[mine], q_smem.at[tile], q_ready.at[tile])
 
             plgpu.barrier_wait(q_ready.at[tile])
-            unit = LOG2E * (scale if softcap is None else 1)
+            of_two = unit(scale, softcap, sloped=False)
 
             def readable(smem, here):
                 """The block as products read it."""
@@ -170,15 +171,14 @@ def paged_attention(
 
                 s = grown(sums(ask, (ROWS, block), interpret=interpret), scale_smem[0], here)
                 plgpu.barrier_arrive(k_free.at[here])
-                if softcap is not None:
-                    s = softcap * tanh(s * (scale / softcap))
+                s, _ = bent(s, scale, softcap, sloped=False, tanh=tanh)
                 row, column = (lax.broadcasted_iota(jnp.int32, s.shape, axis) for axis in (0, 1))
                 q = length - T + lax.div(row + tile * ROWS, jnp.int32(G))
                 k = block_of(step) * block + column
                 seen = (k <= q) & (k < there)
                 if window is not None:
                     seen = seen & ((k > q - window) | (k < sinks))
-                new = softmax(jnp.where(seen, s, -jnp.inf), unit, top, total, masked=True)
+                new = softmax(jnp.where(seen, s, -jnp.inf), of_two, top, total, masked=True)
                 o = o * over_rows(new.shrink, o.shape)
                 plgpu.barrier_wait(v_ready.at[here])
                 p = grown(new.p, scale_smem[1], here)

@@ -74,10 +74,13 @@ def close(ours, exact, what: str):
 
 def beside_the_reference(shape, mask, dtype=jnp.bfloat16, *, implementation="gpu", interpret=False, **how):
     """Forward and gradients of kernels, of inputs of `dtype`, beside those of the reference in float32."""
-    q, k, v, do = drawn(1, *shape, dtype)
+    how |= dict(mask=mask, implementation=implementation, interpret=interpret)
+    return of_these_beside_the_reference(*drawn(1, *shape, dtype), dtype, **how)
 
+
+def of_these_beside_the_reference(q, k, v, do, dtype, *, implementation, interpret, **how):
     def run(args, **kw):
-        o, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask=mask, **how, **kw), *args)
+        o, pull = jax.vjp(lambda q, k, v: attention(q, k, v, **how, **kw), *args)
         return o, *pull(do.astype(o.dtype))
 
     ours = run((q, k, v), implementation=implementation, interpret=interpret)
@@ -154,16 +157,7 @@ def test_the_tpu_kernel_interpreted_is_the_reference_whatever_the_shapes(
     _, _, v, do = drawn(2, 2, T, S, *heads, sizes[1], dtype)
     how = dict(mask=mask, scale=0.2, softcap=softcap, shift=shift)
     how |= {"slopes_N": jnp.linspace(0.05, 0.01, heads[0])} if sloped else {}
-
-    def run(args, **kw):
-        o, pull = jax.vjp(lambda q, k, v: attention(q, k, v, **how, **kw), *args)
-        return o, *pull(do.astype(o.dtype))
-
-    ours = run((q, k, v), implementation="tpu", interpret=True)
-    exact = run([x.astype(jnp.float32) for x in (q, k, v)], implementation="reference")
-    for name, a, b in zip(("o", "dq", "dk", "dv"), ours, exact, strict=True):
-        assert a.dtype == dtype
-        close(a, b, name)
+    of_these_beside_the_reference(q, k, v, do, dtype, implementation="tpu", interpret=True, **how)
 
 
 def test_sequences_that_have_no_room_go_through_a_tpu_by_sections(small_steps):
