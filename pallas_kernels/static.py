@@ -82,11 +82,12 @@ def kernels(chip: str, text: str, folder: Path) -> list[dict[str, Any]]:
         if 'custom_call_target="tpu_custom_call"' not in line:
             continue
         name, rest = re.search(r"%?([\w.\-]+) = (.*)", line).groups()
-        shapes, _, operands = rest.partition(" custom-call(")
+        results, _, call = rest.partition(" custom-call(")
+        operands = call.partition("operand_layout_constraints={")[2].partition("}}")[0]  # without: names alone
         cycles = re.search(r'estimated_cycles\\?":\\?"(\d+)', line)
         if cycles is None:
             raise RuntimeError(f"the compiler says no cycles of {name}")
-        moved = sum(map(size, (shapes, operands.partition("), ")[0])))
+        moved = size(results) + size(operands)
         floor = math.ceil(moved / CHIPS[chip].bandwidth * CHIPS[chip].hz)
         said = {"name": name, "cycles": max(int(cycles.group(1)), floor), "bytes": moved}
         found.append(said | slots(folder, name))
@@ -94,7 +95,7 @@ def kernels(chip: str, text: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def size(shapes: str) -> int:
-    """Bytes of all arrays in a text, but those in scalar memory and the like (memory spaces above 0 are small)."""
+    """Bytes of all arrays whose types stand in a text of HLO."""
     arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
     return sum(BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays)
 

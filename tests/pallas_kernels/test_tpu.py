@@ -82,3 +82,12 @@ def test_causal_attention_takes_no_more_cycles_than_jax_s_own(chip):
     for backward, cycles, most in ((False, ours[0], 1.0), (True, ours[1], 0.9)):
         theirs = static.simulated(chip, peer, T=4096, H=128, block=1024, step=512, backward=backward)["cycles"]
         assert cycles <= most * theirs
+
+
+@pytest.mark.tpu_aot
+def test_a_kernel_s_bytes_are_those_of_its_operands_and_results():
+    T, H = 1024, 128
+    made = "pallas_kernels.attention.static:ours"
+    (kernel,) = static.simulated("v5e", made, T=T, H=H, which="forward", tuning=FORWARD)["kernels"]
+    assert kernel["bytes"] == 4 * T * H * 2 + T * 4  # q, k, v and what comes out, and float32 log-sum-exps
+    assert kernel["cycles"] >= kernel["bytes"] / 819e9 * 1.5e9
