@@ -330,9 +330,9 @@ class _Walker:
         known = estimated_cycles(i)
         said = i.attribute(r"kernel_metadata=\{\s*([^\0]*?)\}\}, metadata") or ""
         operands = tuple(a for x in computation.operands(i) for a in x.arrays)
-        name = re.sub(r"(\.clone|\.\d+)+$", "", i.name)
-        if name == "mpmd_map":  # Mosaic GPU's kernels are all called so: by the scope that they stand in
-            name = i.attribute(r'op_name="[^"]*?\b(hopper_[\w:=]+)') or name
+        # Ours by the scope that they stand in: Mosaic GPU's kernels have no names, Mosaic's lose their punctuation.
+        scope = i.attribute(r'op_name="[^"]*?\b((?:hopper|tpu)_[\w:=]+)')
+        name = scope or re.sub(r"(\.clone|\.\d+)+$", "", i.name)
         kernel = Kernel(name, operands, i.arrays, known[0] if known else None, said)
         cost = self.kernel_cost(kernel)
         # A simulated kernel has all of HBM's bandwidth to itself in each of its copies: hold it to what there is.

@@ -378,12 +378,15 @@ def attention_flops(k: Kernel, model: DecoderConfig, length: int) -> tuple[float
     if len(large) < 2:
         return 0.0, 0.0
     q, key = large[0].dims, large[1].dims
-    if k.name.startswith("hopper"):  # tokens before heads; backward, the gradient of the result comes second
-        whole = [a.dims for a in large if len(a.dims) == 4]
-        q, key = ((B, N, T, H) for B, T, N, H in (whole[0], whole[1 if len(whole) == 3 else 2]))
+    if k.name.startswith(("hopper", "tpu")):  # backward, the gradient of the result comes second
+        whole = [a.dims for a in large if len(a.dims) == 4 and a.dims[-1] == q[-1]]
+        q, key = whole[0], whole[1 if len(whole) == 3 else 2]
+    if k.name.startswith("hopper"):  # tokens before heads
+        q, key = ((B, N, T, H) for B, T, N, H in (q, key))
     pairs = math.prod(q[:-1]) * key[-2]
     if "dkv" in k.name:
-        part, products = "_dkv", 5 if re.search(r"use_fused_bwd_kernel\W+true", k.metadata) else 4
+        fused = "bwd" in k.name or re.search(r"use_fused_bwd_kernel\W+true", k.metadata)
+        part, products = "_dkv", 5 if fused else 4
         asked = 5 if products == 5 else 3
     elif "dq" in k.name:
         part, products, asked = "_dq", 3, 2

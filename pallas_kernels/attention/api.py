@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention import reference
+from pallas_kernels.attention.bias import Bias, Distances, Slopes
 from pallas_kernels.attention.masks import Full, Mask
 
 
@@ -24,11 +25,12 @@ class _Static(NamedTuple):
     kernel: str
     name: str | None
     chip: str
+    rate: float  # of dropout
 
-    def how(self, slopes_N: jax.Array | None) -> dict[str, Any]:
+    def how(self, extras: dict[str, jax.Array]) -> dict[str, Any]:
         told = {name: getattr(self, name) for name in ("scale", "softcap", "shift", "interpret")}
-        memory = {"memory": vector_memory(self.chip)} if self.kernel == "tpu" else {}
-        return told | memory | {"slopes_N": slopes_N}
+        told |= {"memory": vector_memory(self.chip)} if self.kernel == "tpu" else {}
+        return told | ({"rate": self.rate} if self.rate else {}) | extras
 
 
 def attention(
@@ -37,9 +39,11 @@ def attention(
     v_BSKV: jax.Array,
     *,
     mask: Mask = Full(),
+    bias: Bias | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    slopes_N: jax.Array | None = None,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
     shift: int = 0,
     implementation: str | None = None,
     name: str | None = None,
@@ -48,14 +52,17 @@ def attention(
 ) -> jax.Array:
     """softmax(q k^T * scale) v over the keys that each query sees, [B, T, N, V] of v's dtype; 0 where it sees none.
 
-    N query heads share K key heads, N a multiple of K, which are not repeated. Differentiable in q, k and v.
+    N query heads share K key heads, N a multiple of K, which are not repeated. Differentiable in q, k and v, and in a
+    bias of `Distances`.
 
     Args:
       mask: see `masks`.
+      bias: see `bias`; added to the logits after the soft cap.
       scale: H ** -0.5 if None; positive.
       softcap: logits become softcap * tanh(logits / softcap).
-      slopes_N: ALiBi's; slope * distance is taken off the logits. Not differentiated.
-      shift: query i stands at place i + shift of the keys, for distances; masks have their own.
+      dropout: share of the weights that are dropped; the others grow in return. Every implementation drops the same.
+      key: of dropout.
+      shift: query i stands at place i + shift of the keys, for slopes; masks have their own.
       implementation: `gpu`, `tpu` or `reference`; None takes the best that applies.
       name: what rematerialisation policies know the result and the log-sum-exp by.
       chip: `device_kind` of what this is compiled for; None: the default device.
@@ -66,22 +73,21 @@ def attention(
     """
     (B, T, N, H), (_, S, K, _) = _shapes(q_BTNH, k_BSKH, v_BSKV)
     scale = scale_of(scale, H)
-    if slopes_N is not None and slopes_N.shape != (N,):
-        raise ValueError(f"slopes of shape {slopes_N.shape} must be one of each of {N} query heads")
+    extras = _extras(bias, dropout, key, N, T + S - 1)
     _check(mask, B, T, S)
-    kernels = {name: functools.partial(_why_not, name, q_BTNH, k_BSKH, v_BSKV) for name in CHIPS}
+    kernels = {name: functools.partial(_why_not, name, q_BTNH, k_BSKH, v_BSKV, tuple(extras)) for name in CHIPS}
     implementation = chosen(implementation, kernels, chip=chip, interpret=interpret)
     if implementation == "reference":
-        how = dict(scale=scale, softcap=softcap, slopes_N=slopes_N, shift=shift)
-        o_BTNV, _ = reference.attention(q_BTNH, k_BSKH, v_BSKV, mask, **how)
+        how = dict(scale=scale, softcap=softcap, shift=shift, rate=dropout)
+        o_BTNV, _ = reference.attention(q_BTNH, k_BSKH, v_BSKV, mask, **how, **extras)
         return o_BTNV if name is None else checkpoint_name(o_BTNV, name)
-    static = _Static(float(scale), softcap, shift, interpret, implementation, name, chip or _default())
-    return _attention(static, q_BTNH, k_BSKH, v_BSKV, mask, slopes_N)
+    static = _Static(float(scale), softcap, shift, interpret, implementation, name, chip or _default(), float(dropout))
+    return _attention(static, q_BTNH, k_BSKH, v_BSKV, mask, extras)
 
 
 def applies(chip: str, q_BTNH: jax.Array, k_BSKH: jax.Array) -> bool:
     """Whether a kernel takes arrays of these shapes and dtypes on a chip of this kind."""
-    return any(CHIPS[name].has(chip) and _why_not(name, q_BTNH, k_BSKH, k_BSKH) is None for name in CHIPS)
+    return any(CHIPS[name].has(chip) and _why_not(name, q_BTNH, k_BSKH, k_BSKH, ()) is None for name in CHIPS)
 
 
 class Chips(NamedTuple):
@@ -176,30 +182,55 @@ def _check(mask: Mask, B: int, T: int, S: int) -> None:
     mask.mapped(check)
 
 
+EXTRAS = {"slopes_N": "slopes", "values_NX": "a bias of distances", "seed": "dropout"}  # what kernels may not have
+
+
+def _extras(bias: Bias | None, dropout: float, key: jax.Array | None, N: int, X: int) -> dict[str, jax.Array]:
+    """What not every kernel takes, by the names that they know it by."""
+    extras = {}
+    if isinstance(bias, Slopes):
+        extras["slopes_N"] = jax.lax.stop_gradient(bias.slopes_N)
+        if bias.slopes_N.shape != (N,):
+            raise ValueError(f"slopes of shape {bias.slopes_N.shape} must be one of each of {N} query heads")
+    if isinstance(bias, Distances):
+        extras["values_NX"] = bias.values_NX
+        if bias.values_NX.shape != (N, X):
+            raise ValueError(f"values of shape {bias.values_NX.shape} must be of {N} query heads and {X} distances")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout} must be at least 0 and less than 1")
+    if dropout:
+        if key is None:
+            raise ValueError(f"dropout={dropout} needs a key")
+        extras["seed"] = jax.random.bits(key, (), jnp.uint32).astype(jnp.int32)
+    return extras
+
+
 def _kernel(name: str) -> ModuleType:
     return importlib.import_module(f"pallas_kernels.attention.{name}")  # late: slow to load, and of no use elsewhere
 
 
-def _why_not(name: str, q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
-    return _kernel(name).why_not(q, k, v)
+def _why_not(name: str, q: jax.Array, k: jax.Array, v: jax.Array, extras: tuple[str, ...]) -> str | None:
+    kernel = _kernel(name)
+    lacks = [EXTRAS[x] for x in extras if x not in kernel.EXTRAS]
+    return f"it lacks {' and '.join(lacks)}" if lacks else kernel.why_not(q, k, v)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, q, k, v, mask, slopes_N):
-    return _forward(static, q, k, v, mask, slopes_N)[0]
+def _attention(static: _Static, q, k, v, mask, extras):
+    return _forward(static, q, k, v, mask, extras)[0]
 
 
-def _forward(static: _Static, q, k, v, mask, slopes_N):
-    o, lse = _kernel(static.kernel).forward(q, k, v, mask, **static.how(slopes_N))
+def _forward(static: _Static, q, k, v, mask, extras):
+    o, lse = _kernel(static.kernel).forward(q, k, v, mask, **static.how(extras))
     if static.name is not None:
         o, lse = checkpoint_name(o, static.name), checkpoint_name(lse, static.name)
-    return o, (q, k, v, o, lse, mask, slopes_N)
+    return o, (q, k, v, o, lse, mask, extras)
 
 
 def _backward(static: _Static, kept, do):
-    q, k, v, o, lse, mask, slopes_N = kept
-    gradients = _kernel(static.kernel).backward(q, k, v, o, lse, do, mask, **static.how(slopes_N))
-    return *gradients, None, None if slopes_N is None else jnp.zeros_like(slopes_N)
+    q, k, v, o, lse, mask, extras = kept
+    dq, dk, dv, *of_values = _kernel(static.kernel).backward(q, k, v, o, lse, do, mask, **static.how(extras))
+    return dq, dk, dv, None, {name: of_values[0] if name == "values_NX" else None for name in extras}
 
 
 _attention.defvjp(_forward, _backward)

@@ -41,6 +41,8 @@ class Tuning:
 FORWARD = {64: Tuning(128, 2, turns=True), 128: Tuning(128, 2)}
 OF_QUERIES, OF_KEYS = Tuning(128, 2), Tuning(64, 3)
 
+EXTRAS = {"slopes_N"}  # of `api.EXTRAS`, those that there are
+
 
 def why_not(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKV: jax.Array) -> str | None:
     """What of these arrays the kernels cannot take; None if they can."""

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention import dropout
 from pallas_kernels.attention.masks import Mask, dense
 
 
@@ -15,7 +16,10 @@ def attention(
     scale: float,
     softcap: float | None = None,
     slopes_N: jax.Array | None = None,
+    values_NX: jax.Array | None = None,
     shift: int = 0,
+    rate: float = 0.0,
+    seed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """softmax(q k^T * scale) v over the visible keys, and the log of its denominator, [B, N, T] in float32.
 
@@ -25,7 +29,9 @@ def attention(
 
     Args:
       slopes_N: -slope * distance is added to logits.
-      shift: query i stands at place i + shift of the keys, for distances.
+      values_NX: values of k - q + T - 1, added to logits.
+      shift: query i stands at place i + shift of the keys, for slopes.
+      rate: share of the weights that are dropped (Srivastava et al. 2014), chosen by `dropout.grown` of `seed`.
     """
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
@@ -35,8 +41,15 @@ def attention(
     if slopes_N is not None:
         distance_TS = jnp.abs(jnp.arange(T)[:, None] + shift - jnp.arange(S)[None, :])
         logits_BKGTS -= slopes_N.reshape(K, N // K, 1, 1) * distance_TS
+    if values_NX is not None:
+        x_TS = jnp.arange(S)[None, :] - jnp.arange(T)[:, None] + T - 1
+        logits_BKGTS += values_NX.astype(jnp.float32)[:, x_TS].reshape(K, N // K, T, S)
     seen_B11TS = jnp.asarray(dense(mask, T, S))[:, None, None]
     weights_BKGTS, log_BKGT = softmax(logits_BKGTS, seen_B11TS)
+    if rate:
+        head = jnp.arange(B * N, dtype=jnp.int32).reshape(B, K, N // K, 1, 1)
+        places = (jnp.arange(n, dtype=jnp.int32) for n in (T, S))
+        weights_BKGTS *= dropout.grown(rate, seed, head, *jnp.meshgrid(*places, indexing="ij"))
     o_BTKGV = jnp.einsum("BKGTS,BSKV->BTKGV", weights_BKGTS, v_BSKV.astype(jnp.float32), **high)
     return o_BTKGV.reshape(B, T, N, -1).astype(v_BSKV.dtype), log_BKGT.reshape(B, N, T)
 

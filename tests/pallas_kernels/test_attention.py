@@ -10,6 +10,7 @@ from scipy.special import logsumexp, softmax
 
 from pallas_kernels.attention import masks, reference, tpu
 from pallas_kernels.attention.api import attention
+from pallas_kernels.attention.bias import Distances, Slopes, bucketed
 from pallas_kernels.attention.masks import Causal, Dilated, Documents, Full, Global, Prefix, Sinks, Window
 from tests.pallas_kernels.test_attention_masks import kinds
 
@@ -64,6 +65,44 @@ def test_a_query_that_sees_nothing_gets_0_and_gives_no_gradient():
     assert not dk[:, 4:].any() and not dv[:, 4:].any()
 
 
+def test_a_bias_of_distances_is_added_and_its_buckets_are_learned():
+    q, k, v, do = drawn(0, 1, 5, 7, 2, 1, 8)
+    table = jax.random.normal(jax.random.key(1), (3, 2))
+
+    def bucket(distance):
+        return jnp.clip(distance, -1, 1) + 1
+
+    def ours(table):
+        return attention(q, k, v, bias=bucketed(table, 5, 7, bucket, shift=2))
+
+    def exact(table):
+        logits = jnp.einsum("BTNH,BSKH->NTS", q, k, precision="highest") * 8**-0.5
+        for t, s in np.ndindex(5, 7):
+            logits = logits.at[:, t, s].add(table[np.clip(t + 2 - s, -1, 1) + 1])
+        return jnp.einsum("NTS,BSKH->BTNH", jax.nn.softmax(logits), v, precision="highest")
+
+    (o, pull), (expected, pull_exact) = jax.vjp(ours, table), jax.vjp(exact, table)
+    np.testing.assert_allclose(o, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(*pull(do), *pull_exact(do), rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_drops_its_share_of_weights_and_others_of_every_row_head_and_key():
+    B, T, N = 2, 40, 3
+    q, k = jnp.zeros((B, T, N, 4)), jnp.zeros((B, T, N, 4))
+    v = jnp.broadcast_to(jnp.eye(T)[None, :, None], (B, T, N, T))  # what is gathered are the weights
+
+    def weights(seed):
+        return np.asarray(attention(q, k, v, dropout=0.25, key=jax.random.key(seed))) * T
+
+    first, again, other = weights(0), weights(0), weights(1)
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_allclose(first[first > 0], 1 / 0.75, rtol=1e-5)
+    assert abs((first == 0).mean() - 0.25) < 0.02
+    for a, b in ((first, other), (first[0], first[1]), (first[:, :, 0], first[:, :, 1]), (first[:, 1:], first[:, :-1])):
+        assert abs(((a == 0) & (b == 0)).mean() - 0.25**2) < 0.02
+    assert abs(((first[..., 1:] == 0) & (first[..., :-1] == 0)).mean() - 0.25**2) < 0.02
+
+
 def close(ours, exact, what: str):
     most, mean = (1e-5, 1e-5) if ours.dtype == jnp.float32 else (2e-2, 1e-3)
     ours, exact = (np.asarray(x, np.float64) for x in (ours, exact))
@@ -78,17 +117,19 @@ def beside_the_reference(shape, mask, dtype=jnp.bfloat16, *, implementation="gpu
     return of_these_beside_the_reference(*drawn(1, *shape, dtype), dtype, **how)
 
 
-def of_these_beside_the_reference(q, k, v, do, dtype, *, implementation, interpret, **how):
+def of_these_beside_the_reference(q, k, v, do, dtype, *, implementation, interpret, bias=None, **how):
     def run(args, **kw):
-        o, pull = jax.vjp(lambda q, k, v: attention(q, k, v, **how, **kw), *args)
+        o, pull = jax.vjp(lambda q, k, v, bias: attention(q, k, v, bias=bias, **how, **kw), *args, bias)
         return o, *pull(do.astype(o.dtype))
 
     ours = run((q, k, v), implementation=implementation, interpret=interpret)
     exact = run([x.astype(jnp.float32) for x in (q, k, v)], implementation="reference")
-    for name, a, b in zip(("o", "dq", "dk", "dv"), ours, exact, strict=True):
+    for name, a, b in zip(("o", "dq", "dk", "dv"), ours[:4], exact[:4], strict=True):
         assert a.dtype == dtype
         close(a, b, name)
-    return ours
+    for a, b in zip(jax.tree.leaves(ours[4]), jax.tree.leaves(exact[4]), strict=True):
+        close(a.astype(dtype), b, "bias")  # made of gradients of logits, which are rounded
+    return ours[:4]
 
 
 CUTS = ([60, 20, 85, 35], [1, 130, 69], [200])  # documents of rows of 200 tokens
@@ -107,12 +148,25 @@ def cases(B: int, T: int, N: int):
         "full": (Full(), {}),
         "documents": (Causal() & documents(B, T), {"softcap": 50.0, "scale": 2.0}),
         "window-sinks": (
-            (Causal() & Window(T // 6)) | (Sinks(3) & Causal()), {"slopes_N": jnp.linspace(0.5, 0.1, N), "softcap": 5.0}
+            (Causal() & Window(T // 6)) | (Sinks(3) & Causal()),
+            {"bias": Slopes(jnp.linspace(0.5, 0.1, N)), "softcap": 5.0},
         ),
         "prefix": ((Causal() | Prefix(prefixes)) & documents(B, T), {"scale": 0.3}),
         "global-dilated": ((Causal() & Dilated(3)) | (Global(5) & Causal()), {}),
         "nothing": (Causal(-T // 2), {}),  # whole blocks see nothing and are seen by nothing
     }  # fmt: skip
+
+
+def distances(T: int, S: int, N: int) -> Distances:
+    return Distances(jax.random.normal(jax.random.key(9), (N, T + S - 1)))
+
+
+def cases_of_tpus(B: int, T: int, N: int):
+    return cases(B, T, N) | {
+        "distances": (Full(), {"bias": distances(T, T, N), "scale": 0.3}),
+        "distances-softcap": (Causal() & Window(T // 3), {"bias": distances(T, T, N), "softcap": 5.0}),
+        "dropout": (Causal() & documents(B, T), {"dropout": 0.3, "key": jax.random.key(5)}),
+    }
 
 
 @pytest.mark.slow
@@ -135,28 +189,30 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(tpu, "BACKWARD", tpu.Tuning(128, 128, 2))
 
 
-@pytest.mark.parametrize("case", cases(1, 1, 1))
+@pytest.mark.parametrize("case", cases_of_tpus(1, 1, 1))
 def test_the_tpu_kernel_interpreted_is_the_reference(case, small_steps):
-    B, T, N, K = (2, 300, 4, 2) if case in ("documents", "prefix") else (1, 640, 2, 1)
-    mask, how = cases(B, T, N)[case]
+    B, T, N, K = (1, 640, 2, 1) if case in ("causal", "full", "window-sinks", "global-dilated") else (2, 300, 4, 2)
+    mask, how = cases_of_tpus(B, T, N)[case]
     beside_the_reference((B, T, T, N, K, 64), mask, jnp.float32, implementation="tpu", interpret=True, **how)
 
 
 @pytest.mark.slow
 @given(
     st.data(), st.sampled_from([1, 129, 500]), st.sampled_from([70, 384]), st.sampled_from([(3, 1), (4, 2), (1, 1)]),
-    st.sampled_from([(32, 32), (64, 96), (128, 128), (80, 256)]), st.none() | st.floats(1, 20), st.booleans(),
-    st.integers(-100, 100), st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
+    st.sampled_from([(32, 32), (64, 96), (128, 128), (80, 256)]), st.none() | st.floats(1, 20),
+    st.sampled_from(["nothing", "slopes", "distances"]), st.integers(-100, 100), st.sampled_from([0.0, 0.2]),
+    st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
 )  # fmt: skip
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_tpu_kernel_interpreted_is_the_reference_whatever_the_shapes(
-    small_steps, data, T, S, heads, sizes, softcap, sloped, shift, dtype
+    small_steps, data, T, S, heads, sizes, softcap, added, shift, dropout, dtype
 ):
     mask = data.draw(kinds(2, T, S))
     q, k, _, _ = drawn(1, 2, T, S, *heads, sizes[0], dtype)
     _, _, v, do = drawn(2, 2, T, S, *heads, sizes[1], dtype)
-    how = dict(mask=mask, scale=0.2, softcap=softcap, shift=shift)
-    how |= {"slopes_N": jnp.linspace(0.05, 0.01, heads[0])} if sloped else {}
+    N = heads[0]
+    bias = {"nothing": None, "slopes": Slopes(jnp.linspace(0.05, 0.01, N)), "distances": distances(T, S, N)}[added]
+    how = dict(mask=mask, scale=0.2, softcap=softcap, shift=shift, bias=bias, dropout=dropout, key=jax.random.key(3))
     of_these_beside_the_reference(q, k, v, do, dtype, implementation="tpu", interpret=True, **how)
 
 
@@ -166,10 +222,10 @@ def test_sequences_that_have_no_room_go_through_a_tpu_by_sections(small_steps):
     q, k, v, do = drawn(1, B, T, T, N, K, H)
     how = dict(scale=0.2, interpret=True)
     results = []
-    for memory in (64 << 20, (16 << 20) + 200_000):
+    for memory in (64 << 20, (18 << 20) + 400_000):
         o, lse = tpu.forward(q, k, v, mask, memory=memory, **how)
         results.append((o, lse, *tpu.backward(q, k, v, o, lse, do, mask, memory=memory, **how)))
-    sections = (tpu._sections(T, x, again, memory, 128)[0] for x, again in ((512, 0), (1088, 512)))
+    sections = (tpu._sections(T, x, again, memory, 128)[0] for x, again in ((1024, 0), (2112, 1024)))
     assert all(128 <= size < T / 2 for size in sections)
     for whole, cut in zip(*results, strict=True):
         np.testing.assert_allclose(cut, whole, rtol=1e-4, atol=1e-4 * float(jnp.abs(whole).max()))
@@ -205,7 +261,14 @@ def test_the_gpu_kernel_is_the_reference_over_ragged_lengths(hopper):
             "needs a Hopper GPU, this is Tesla V100",
         ),
         ({"scale": -1.0}, "scale=-1.0 must be positive"),
-        ({"slopes_N": jnp.ones(3)}, "one of each of 2 query heads"),
+        ({"bias": Slopes(jnp.ones(3))}, "one of each of 2 query heads"),
+        ({"bias": Distances(jnp.ones((2, 16)))}, "of 2 query heads and 15 distances"),
+        ({"dropout": 0.5}, "dropout=0.5 needs a key"),
+        ({"dropout": 1.0}, "at least 0 and less than 1"),
+        (
+            {"implementation": "gpu", "dtype": jnp.bfloat16, "bias": Distances(jnp.ones((2, 15)))},
+            "implementation='gpu': it lacks a bias of distances",
+        ),
         ({"mask": Prefix(jnp.ones(2, jnp.int32))}, r"mask's array of row has shape \(2,\), wanted \(1,\)"),
     ],
 )

@@ -13,6 +13,7 @@ from pallas_kernels import static
 from pallas_kernels.attention import static as attention_static
 from pallas_kernels.attention import tpu
 from pallas_kernels.attention.api import attention, vector_memory
+from pallas_kernels.attention.bias import Distances
 from pallas_kernels.attention.masks import Causal, Documents, Sinks, Window, work
 from tests.pallas_kernels.test_attention_masks import kinds
 
@@ -42,45 +43,64 @@ def test_causal_work_and_that_of_windows_is_arithmetic(mask, by):
     assert tpu.closed(work(mask, 512, 512, 32768, 32768, by=by)) is not None
 
 
+@pytest.fixture(params=static.CHIPS)
+def chip(request, monkeypatch):
+    """A device that is not here."""
+    for name, value in static.environment(request.param).items():
+        monkeypatch.setitem(os.environ, name, value)
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(static.CHIPS[request.param].topology, "tpu").devices[0]
+
+
+def compiled_with_gradients(chip, T: int, H: int, bias=None, **how):
+    """Of two query heads that share a key head, within documents."""
+    here = jax.sharding.SingleDeviceSharding(chip)
+    shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=here)
+
+    def gradients(q, k, v, do, document, bias):
+        mask = Causal() & Documents(document, document)
+        how_ = how | dict(mask=mask, implementation="tpu", chip=chip.device_kind)
+        o, pull = jax.vjp(lambda q, k, v, bias: attention(q, k, v, bias=bias, **how_), q, k, v, bias)
+        return o, *pull(do)
+
+    q, k, document = shape(1, T, 2, H), shape(1, T, 1, H), shape(1, T, dtype=jnp.int32)
+    bias = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), bias)
+    return jax.jit(gradients).lower(q, k, k, q, document, bias).compile()
+
+
 @pytest.mark.slow
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize(
     ("T", "H"), [*((T, H) for T in (1024, 32768) for H in (64, 128, 256)), (4096, 128), (8192, 128)]
 )
-@pytest.mark.parametrize("chip", static.CHIPS)
-def test_attention_compiles_for_every_chip(chip, T, H, monkeypatch):
-    for name, value in static.environment(chip).items():
-        monkeypatch.setitem(os.environ, name, value)
-    from jax.experimental import topologies
-
-    device = topologies.get_topology_desc(static.CHIPS[chip].topology, "tpu").devices[0]
-    here = jax.sharding.SingleDeviceSharding(device)
-    shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=here)
-
-    def gradients(q, k, v, do, document):
-        mask = Causal() & Documents(document, document)
-        run = lambda q, k, v: attention(q, k, v, mask=mask, implementation="tpu", chip=device.device_kind)
-        o, pull = jax.vjp(run, q, k, v)
-        return o, *pull(do)
-
-    q, k = shape(1, T, 2, H), shape(1, T, 1, H)
-    done = jax.jit(gradients).lower(q, k, k, q, shape(1, T, dtype=jnp.int32)).compile()
+def test_attention_compiles_for_every_chip(chip, T, H):
+    done = compiled_with_gradients(chip, T, H)
     assert done.as_text().count("tpu_custom_call") >= 2
     whole = T * T * 2  # bytes of one head's logits in bfloat16
     assert done.memory_analysis().temp_size_in_bytes < max(whole, 64 << 20)
-    assert vector_memory(device.device_kind) >= 64 << 20
+    assert vector_memory(chip.device_kind) >= 64 << 20
 
 
 @pytest.mark.slow
 @pytest.mark.tpu_aot
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_causal_attention_takes_no_more_cycles_than_jax_s_own(chip):
+def test_attention_with_a_bias_of_distances_and_dropout_compiles_for_every_chip(chip):
+    T = 8192
+    bias = Distances(jnp.zeros((2, 2 * T - 1)))
+    done = compiled_with_gradients(chip, T, 64, bias, softcap=30.0, dropout=0.1, key=jax.random.key(0))
+    assert done.memory_analysis().temp_size_in_bytes < max(T * T * 2, 64 << 20)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("name", ["v5e", "v6e"])
+def test_causal_attention_takes_no_more_cycles_than_jax_s_own(name):
     """At 4096 tokens, beside splash attention in blocks of 1024, the best of those that `bench.py --static` tries."""
-    ours = [kernel_cycles(chip, T=4096, which="forward", tuning=FORWARD)]
-    ours.append(ours[0] + kernel_cycles(chip, T=4096, which="backward", tuning=BACKWARD))
+    ours = [kernel_cycles(name, T=4096, which="forward", tuning=FORWARD)]
+    ours.append(ours[0] + kernel_cycles(name, T=4096, which="backward", tuning=BACKWARD))
     peer = "pallas_kernels.attention.static:splash"
     for backward, cycles, most in ((False, ours[0], 1.0), (True, ours[1], 0.9)):
-        theirs = static.simulated(chip, peer, T=4096, H=128, block=1024, step=512, backward=backward)["cycles"]
+        theirs = static.simulated(name, peer, T=4096, H=128, block=1024, step=512, backward=backward)["cycles"]
         assert cycles <= most * theirs
 
 

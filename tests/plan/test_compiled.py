@@ -221,23 +221,26 @@ def test_attention_kernels_are_counted_by_the_products_they_do():
         assert attention_flops(flash(name, metadata), model, 1024) == pytest.approx((done * pairs, asked * seen))
 
 
-def test_hoppers_attention_kernels_are_counted_as_those_of_a_tpu():
+def test_our_own_attention_kernels_are_counted_as_others():
     model = run_config(context=1024).model
     todo = (Array("s32", (1, 8, 8)), Array("s32", (1, 8)), Array("s32", (1, 8)))
     q, k = Array("bf16", (2, 1024, 8, 128)), Array("bf16", (2, 1024, 2, 128))
-    of_rows = Array("f32", (2, 8, 1024))
-    given = q, q, of_rows, of_rows, k, k  # queries, what comes back, and of both by row
-    for name, operands, like in (
-        ("fwd:block_q=512:block_kv=512", (q, k, k), "splash_mha_fwd"),
-        ("dq:block_q_dq=512:block_kv_dq=512", given, "splash_mha_dq"),
-        ("dkv:block_q_dkv=512:block_kv_dkv=512", given, "splash_mha_dkv"),
-    ):
-        ours = Kernel(f"hopper_attention_{name}", (*todo, *operands), (q,), None, "")
-        theirs = flash(
-            like, " ".join(f"block_{side}{part}: 512" for side in ("q", "kv") for part in ("", "_dq", "_dkv"))
-        )
-        assert attention_flops(ours, model, 1024) == pytest.approx(attention_flops(theirs, model, 1024))
-        assert attention_flops(ours, model, 1024)[0] > 0
+    by_head = [Array("bf16", (2, n, 1024, 128)) for n in (8, 2)]
+    row = Array("f32", (2, 8, 1024))
+    back, tpu_back = (q, q, row, row, k, k), (by_head[0], by_head[0], *[Array("f32", (2, 8, 1, 1024))] * 2)
+    blocks = " ".join(f"block_{side}{part}: 512" for side in ("q", "kv") for part in ("", "_dq", "_dkv"))
+    for name, operands, like in (  # of queries first, then what comes back, and of both by row
+        ("hopper_attention_fwd:block_q=512:block_kv=512", (q, k, k), flash("splash_mha_fwd", blocks)),
+        ("hopper_attention_dq:block_q_dq=512:block_kv_dq=512", back, flash("splash_mha_dq", blocks)),
+        ("hopper_attention_dkv:block_q_dkv=512:block_kv_dkv=512", back, flash("splash_mha_dkv", blocks)),
+        ("tpu_attention_fwd:block_q=512:block_kv=512", (*by_head, by_head[1]), flash("splash_mha_fwd", blocks)),
+        (
+            "tpu_attention_bwd:block_q_dkv=512:block_kv_dkv=512", (*tpu_back, by_head[1], by_head[1]),
+            flash("splash_mha_dkv", blocks + " use_fused_bwd_kernel: true"),
+        ),
+    ):  # fmt: skip
+        counted = attention_flops(Kernel(name, (*todo, *operands), (q,), None, ""), model, 1024)
+        assert counted == pytest.approx(attention_flops(like, model, 1024)) and counted[0] > 0
 
 
 def test_a_kernel_runs_at_the_peak_at_best():
