@@ -331,7 +331,7 @@ class _Walker:
         said = i.attribute(r"kernel_metadata=\{\s*([^\0]*?)\}\}, metadata") or ""
         operands = tuple(a for x in computation.operands(i) for a in x.arrays)
         # Ours by the scope that they stand in: Mosaic GPU's kernels have no names, Mosaic's lose their punctuation.
-        scope = i.attribute(r'op_name="[^"]*?\b((?:hopper|tpu)_[\w:=]+)')
+        scope = i.attribute(r'op_name="[^"]*?\b((?:hopper|tpu|triton)_[\w:=]+)')
         name = scope or re.sub(r"(\.clone|\.\d+)+$", "", i.name)
         kernel = Kernel(name, operands, i.arrays, known[0] if known else None, said)
         cost = self.kernel_cost(kernel)

@@ -378,14 +378,16 @@ def attention_flops(k: Kernel, model: DecoderConfig, length: int) -> tuple[float
     if len(large) < 2:
         return 0.0, 0.0
     q, key = large[0].dims, large[1].dims
-    if k.name.startswith(("hopper", "tpu")):  # backward, the gradient of the result comes second
-        whole = [a.dims for a in large if len(a.dims) == 4 and a.dims[-1] == q[-1]]
-        q, key = whole[0], whole[1 if len(whole) == 3 else 2]
-    if k.name.startswith("hopper"):  # tokens before heads
-        q, key = ((B, N, T, H) for B, T, N, H in (q, key))
+    if k.name.startswith(("hopper", "tpu", "triton")):  # queries (backward, what comes back after them), keys, values
+        ours = [a.dims for a in large if len(a.dims) == 4]
+        if k.name.startswith("tpu"):
+            ours = [dims for dims in ours if dims[2] > 1]  # without what is of rows
+        else:  # tokens before heads
+            ours = [(B, N, T, H) for B, T, N, H in ours]
+        q, key = ours[-3 if "_fwd" in k.name else -4], ours[-2]
     pairs = math.prod(q[:-1]) * key[-2]
     if "dkv" in k.name:
-        fused = "bwd" in k.name or re.search(r"use_fused_bwd_kernel\W+true", k.metadata)
+        fused = k.name.startswith("tpu_attention_bwd") or re.search(r"use_fused_bwd_kernel\W+true", k.metadata)
         part, products = "_dkv", 5 if fused else 4
         asked = 5 if products == 5 else 3
     elif "dq" in k.name:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -60,10 +61,11 @@ def attention(
       bias: see `bias`; added to the logits after the soft cap.
       scale: H ** -0.5 if None; positive.
       softcap: logits become softcap * tanh(logits / softcap).
-      dropout: share of the weights that are dropped; the others grow in return. Every implementation drops the same.
-      key: of dropout.
+      dropout: share of the weights that are dropped; the others grow in return. All implementations that have it
+        drop the same ones.
+      key: of dropout. Inside `jax.shard_map` each device counts its own rows and heads: fold its place into the key.
       shift: query i stands at place i + shift of the keys, for slopes; masks have their own.
-      implementation: `gpu`, `tpu` or `reference`; None takes the best that applies.
+      implementation: `gpu`, `tpu`, `triton` or `reference`; None takes the best that applies, but for `triton`.
       name: what rematerialisation policies know the result and the log-sum-exp by.
       chip: `device_kind` of what this is compiled for; None: the default device.
       interpret: runs the kernel on any platform, slowly: for tests.
@@ -81,13 +83,18 @@ def attention(
         how = dict(scale=scale, softcap=softcap, shift=shift, rate=dropout)
         o_BTNV, _ = reference.attention(q_BTNH, k_BSKH, v_BSKV, mask, **how, **extras)
         return o_BTNV if name is None else checkpoint_name(o_BTNV, name)
-    static = _Static(float(scale), softcap, shift, interpret, implementation, name, chip or _default(), float(dropout))
+    static = _Static(
+        float(scale), softcap, shift, interpret, implementation, name, chip or device_kind(), float(dropout)
+    )
     return _attention(static, q_BTNH, k_BSKH, v_BSKV, mask, extras)
 
 
 def applies(chip: str, q_BTNH: jax.Array, k_BSKH: jax.Array) -> bool:
-    """Whether a kernel takes arrays of these shapes and dtypes on a chip of this kind."""
-    return any(CHIPS[name].has(chip) and _why_not(name, q_BTNH, k_BSKH, k_BSKH, ()) is None for name in CHIPS)
+    """Whether a kernel takes arrays of these shapes and dtypes, unasked, on a chip of this kind."""
+    return any(
+        kind.unasked and kind.has(chip) and _why_not(name, q_BTNH, k_BSKH, k_BSKH, ()) is None
+        for name, kind in CHIPS.items()
+    )
 
 
 class Chips(NamedTuple):
@@ -95,18 +102,25 @@ class Chips(NamedTuple):
 
     name: str
     has: Callable[[str], bool]
+    unasked: bool = True  # whether it is taken without being asked for by name
 
 
+AMPERE = re.compile(
+    r"^NVIDIA.*\b(A\d+[GX]?|L\d+S?|[HB]\d\d+|G[HB]\d+|RTX (A\d+|[345]0[5-9]0|PRO)|Ada)\b"
+)  # and what came after
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 CHIPS = {
     "gpu": Chips("a Hopper GPU", lambda chip: any(word.startswith(HOPPER) for word in chip.split())),
-    "tpu": Chips("a TPU", lambda chip: chip.startswith("TPU")),
+    # The vector memory of those before v5 is too small.
+    "tpu": Chips("a TPU since v5", lambda chip: chip.startswith("TPU") and re.match("TPU v[234]", chip) is None),
+    # It has run on none of them yet.
+    "triton": Chips("an NVIDIA GPU since Ampere", lambda chip: AMPERE.search(chip) is not None, unasked=False),
 }
 
 
 def on_hopper() -> bool:
     """Whether the default device is one that the GPU kernels are written for."""
-    return CHIPS["gpu"].has(_default())
+    return CHIPS["gpu"].has(device_kind())
 
 
 def vector_memory(chip: str) -> int:
@@ -114,8 +128,8 @@ def vector_memory(chip: str) -> int:
     return (128 if chip.endswith("lite") else 64) * 2**20
 
 
-def _default() -> str:
-    """The kind of the default device."""
+def device_kind() -> str:
+    """That of the default device."""
     said = jax.config.jax_default_device
     return (said if isinstance(said, jax.Device) else jax.devices(said)[0]).device_kind
 
@@ -124,7 +138,7 @@ def chosen(
     implementation: str | None, kernels: Mapping[str, Callable[[], str | None]], *, chip: str | None = None,
     interpret: bool = False,
 ) -> str:  # fmt: skip
-    """The implementation that was asked for or, of None, the best that applies.
+    """The implementation that was asked for or, of None, the best of those taken unasked that applies.
 
     Args:
       kernels: by their names in CHIPS; each says what of the arrays it cannot take.
@@ -133,10 +147,11 @@ def chosen(
     Raises:
       ValueError: no such implementation, or one that does not apply.
     """
-    here = chip or _default()
+    here = chip or device_kind()
     at_home = [name for name in kernels if interpret or CHIPS[name].has(here)]
     if implementation is None:  # only a kernel that could run is loaded to be asked
-        return next((name for name in at_home if kernels[name]() is None), "reference")
+        unasked = (name for name in at_home if CHIPS[name].unasked)
+        return next((name for name in unasked if kernels[name]() is None), "reference")
     if implementation not in (known := (*kernels, "reference")):
         raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(known)}")
     if implementation in kernels:
@@ -196,6 +211,8 @@ def _extras(bias: Bias | None, dropout: float, key: jax.Array | None, N: int, X:
         extras["values_NX"] = bias.values_NX
         if bias.values_NX.shape != (N, X):
             raise ValueError(f"values of shape {bias.values_NX.shape} must be of {N} query heads and {X} distances")
+    if bias is not None and not isinstance(bias, Slopes | Distances):
+        raise ValueError(f"bias must be Slopes or Distances, got {type(bias).__name__}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout} must be at least 0 and less than 1")
     if dropout:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.logits import LOG2E, bent, of_queries, unit, whole
+from pallas_kernels.attention.logits import LOG2E, bent, of_queries, padded, unit, whole
 from pallas_kernels.attention.masks import Mask, Role, Work, work
 
 ROWS = 64  # of one warpgroup's products
@@ -102,12 +102,8 @@ class Logits(NamedTuple):
 
 def _logits(mask, slopes_N, scale, softcap, shift, interpret, S: int, q_block: int, k_block: int) -> Logits:
     """With arrays of the mask in whole blocks."""
-
-    def padded(x: jax.Array, role: Role) -> jax.Array:
-        return x if role == "row" else whole(x, q_block if role == "queries" else k_block)
-
     slopes_N = None if slopes_N is None else slopes_N.astype(jnp.float32)
-    return Logits(mask.mapped(padded), slopes_N, scale, softcap, shift, S, interpret)
+    return Logits(padded(mask, q_block, k_block), slopes_N, scale, softcap, shift, S, interpret)
 
 
 # --- what all kernels do --------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention.masks import Mask
+
 LOG2E = math.log2(math.e)
 
 
@@ -32,6 +34,21 @@ def of_queries(o_BTNV: jax.Array, do_BTNV: jax.Array, lse_BNT: jax.Array) -> tup
     """
     delta_BNT = jnp.einsum("BTNV,BTNV->BNT", o_BTNV, do_BTNV, preferred_element_type=jnp.float32)
     return jnp.where(lse_BNT == -jnp.inf, jnp.inf, lse_BNT * LOG2E), delta_BNT
+
+
+def any_head(q_BTNH: jax.Array, v_BSKV: jax.Array) -> str | None:
+    """Why kernels that take floating-point numbers, and heads of 32 to 256, do not take these; None if they do."""
+    H, V = q_BTNH.shape[3], v_BSKV.shape[3]
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"it takes bfloat16, float16 and float32, not {q_BTNH.dtype}"
+    if not (32 <= H <= 256 and 32 <= V <= 256):
+        return f"it takes heads of 32 to 256, not of {H} with values of {V}"
+    return None
+
+
+def padded(mask: Mask, q_block: int, k_block: int) -> Mask:
+    """With arrays of whole blocks of queries and of keys."""
+    return mask.mapped(lambda x, role: x if role == "row" else whole(x, q_block if role == "queries" else k_block))
 
 
 def whole(x: jax.Array, block: int, axis: int = 1, fill: float = 0.0) -> jax.Array:

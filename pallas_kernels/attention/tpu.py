@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.dropout import grown
-from pallas_kernels.attention.logits import LOG2E, bent, of_queries, unit, whole
+from pallas_kernels.attention.logits import LOG2E, any_head, bent, of_queries, unit, whole
 from pallas_kernels.attention.masks import Mask, Role, Work, work
 
 LANES = 128
@@ -47,12 +47,7 @@ FORWARD, BACKWARD = Tuning(512, 512, 4), Tuning(512, 512, 2)
 
 def why_not(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKV: jax.Array) -> str | None:
     """What of these arrays the kernels cannot take; None if they can."""
-    H, V = q_BTNH.shape[3], v_BSKV.shape[3]
-    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"it takes bfloat16, float16 and float32, not {q_BTNH.dtype}"
-    if not (32 <= H <= 256 and 32 <= V <= 256):
-        return f"it takes heads of 32 to 256, not of {H} with values of {V}"
-    return None
+    return any_head(q_BTNH, v_BSKV)
 
 
 # --- the way through the chunks ---------------------------------------------------------------------------------
@@ -361,7 +356,8 @@ def _forward(
             s, _ = of.of(s, n, q_index, k_index, seen, lambda size: pl.ds(pl.multiple_of(first, LANES), size))
             top = top_ref[...]
             new = jnp.maximum(top, s.max(axis=1, keepdims=True) * of.unit)
-            safe = jnp.where(new == -jnp.inf, 0.0, new) if masked else new  # of a row that has seen nothing yet
+            nothing = masked or of.extras.values is not None  # a row may have seen nothing yet
+            safe = jnp.where(new == -jnp.inf, 0.0, new) if nothing else new
             p = jnp.exp2(s * of.unit - lanes(safe, chunk))
             shrink = jnp.exp2(top - safe)
             top_ref[...] = new

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp, softmax
 
-from pallas_kernels.attention import masks, reference, tpu
+from pallas_kernels.attention import api, masks, reference, tpu
 from pallas_kernels.attention.api import attention
 from pallas_kernels.attention.bias import Distances, Slopes, bucketed
 from pallas_kernels.attention.masks import Causal, Dilated, Documents, Full, Global, Prefix, Sinks, Window
@@ -220,12 +220,14 @@ def test_sequences_that_have_no_room_go_through_a_tpu_by_sections(small_steps):
     B, T, N, K, H = 2, 900, 4, 2, 64
     mask = (Causal() | Prefix(jnp.asarray([40, 600]))) & documents(B, T)
     q, k, v, do = drawn(1, B, T, T, N, K, H)
-    how = dict(scale=0.2, interpret=True)
+    added = {"values_NX": distances(T, T, N).values_NX, "rate": 0.2, "seed": jnp.int32(7)}
+    how = dict(scale=0.2, interpret=True, **added)
     results = []
     for memory in (64 << 20, (18 << 20) + 400_000):
         o, lse = tpu.forward(q, k, v, mask, memory=memory, **how)
         results.append((o, lse, *tpu.backward(q, k, v, o, lse, do, mask, memory=memory, **how)))
-    sections = (tpu._sections(T, x, again, memory, 128)[0] for x, again in ((1024, 0), (2112, 1024)))
+    values = 3 * 2048  # at most
+    sections = (tpu._sections(T, x, again, memory, 128, values)[0] for x, again in ((1024, 0), (2112, 1024)))
     assert all(128 <= size < T / 2 for size in sections)
     for whole, cut in zip(*results, strict=True):
         np.testing.assert_allclose(cut, whole, rtol=1e-4, atol=1e-4 * float(jnp.abs(whole).max()))
@@ -254,7 +256,7 @@ def test_the_gpu_kernel_is_the_reference_over_ragged_lengths(hopper):
         ({"k": (1, 8, 3, 64), "v": (1, 8, 3, 64)}, "N a multiple of K"),
         ({"v": (1, 9, 1, 64)}, r"\[B, S, K, V\]"),
         ({"q": (8, 2, 64)}, "4 dimensions"),
-        ({"implementation": "flash"}, "unknown implementation 'flash'; known: gpu, tpu, reference"),
+        ({"implementation": "flash"}, "unknown implementation 'flash'; known: gpu, tpu, triton, reference"),
         ({"implementation": "gpu"}, "bfloat16 and float16, not float32"),
         (
             {"implementation": "gpu", "dtype": jnp.bfloat16, "chip": "Tesla V100"},
@@ -279,6 +281,21 @@ def test_what_does_not_fit_is_named(change, message):
     arrays = [jnp.zeros(change.get(name, shape), dtype) for name, shape in shapes.items()]
     with pytest.raises(ValueError, match=message):
         attention(*arrays, **{name: value for name, value in change.items() if name not in shapes})
+
+
+@pytest.mark.parametrize(
+    ("chip", "kernels"),
+    [
+        ("NVIDIA H100 80GB HBM3", {"gpu", "triton"}), ("NVIDIA A100-SXM4-40GB", {"triton"}), ("NVIDIA L4", {"triton"}),
+        ("NVIDIA A10G", {"triton"}), ("NVIDIA GeForce RTX 4090", {"triton"}), ("NVIDIA RTX A6000", {"triton"}),
+        ("NVIDIA B200", {"triton"}), ("NVIDIA RTX 6000 Ada Generation", {"triton"}), ("Tesla V100-SXM2-16GB", set()),
+        ("Tesla T4", set()), ("NVIDIA GeForce RTX 2080 Ti", set()), ("Quadro RTX 4000", set()),
+        ("NVIDIA Quadro RTX 4000", set()), ("Intel(R) Arc(TM) A770 Graphics", set()), ("TPU v5 lite", {"tpu"}),
+        ("TPU7x", {"tpu"}), ("TPU v6 lite", {"tpu"}), ("TPU v4", set()), ("TPU v4 lite", set()), ("cpu", set()),
+    ],
+)  # fmt: skip
+def test_kernels_know_their_chips(chip, kernels):
+    assert {name for name, kind in api.CHIPS.items() if kind.has(chip)} == kernels
 
 
 def test_a_head_that_the_kernel_cannot_take_is_told():

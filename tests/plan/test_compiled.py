@@ -233,6 +233,9 @@ def test_our_own_attention_kernels_are_counted_as_others():
         ("hopper_attention_fwd:block_q=512:block_kv=512", (q, k, k), flash("splash_mha_fwd", blocks)),
         ("hopper_attention_dq:block_q_dq=512:block_kv_dq=512", back, flash("splash_mha_dq", blocks)),
         ("hopper_attention_dkv:block_q_dkv=512:block_kv_dkv=512", back, flash("splash_mha_dkv", blocks)),
+        ("triton_attention_dkv:block_q_dkv=512:block_kv_dkv=512", (row, row, q, q, k, k), flash("splash_mha_dkv", blocks)),
+        ("triton_attention_fwd:block_q=512:block_kv=512", (q, k, Array("bf16", (2, 1024, 2, 64))), flash("splash_mha_fwd", blocks)),
+        ("tpu_attention_fwd:block_q=512:block_kv=512", (Array("f32", (8, 1, 2048)), *by_head, by_head[1]), flash("splash_mha_fwd", blocks)),
         ("tpu_attention_fwd:block_q=512:block_kv=512", (*by_head, by_head[1]), flash("splash_mha_fwd", blocks)),
         (
             "tpu_attention_bwd:block_q_dkv=512:block_kv_dkv=512", (*tpu_back, by_head[1], by_head[1]),
