@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 
 # Most of the time here is spent in the compiler: half of it optimizes code that runs once (tests of the command line
-# start processes without this). Devices that wait for each other hold a thread each, of no more than there are devices
-# or cores: with none left for the products of the last one they wait for ever, and end the process after a while.
+# start processes without this). Devices that wait for each other hold a thread each: more of them than XLA would take.
+# It may still hang, on a busy machine, where some devices wait in one collective and one in another that is in a loop;
+# XLA then ends the process.
 os.environ.setdefault("NPROC", "12")  # threads
 os.environ.setdefault(
     "XLA_FLAGS",

@@ -1,10 +1,12 @@
 """Attention over a paged cache by whatever is best where it runs."""
 
 import functools
+import importlib
+from types import ModuleType
 
 import jax
 
-from pallas_kernels.attention.api import chosen, scale_of
+from pallas_kernels.attention.api import chosen, device_kind, scale_of
 from pallas_kernels.paged_attention import reference
 
 
@@ -22,16 +24,19 @@ def paged_attention(
     k_scale_PKL: jax.Array | None = None,
     v_scale_PKL: jax.Array | None = None,
     implementation: str | None = None,
+    chip: str | None = None,
     parts: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """What `reference.paged_attention` says: the last T tokens of each sequence over its pages, [B, T, N, H].
 
     Pages must hold finite numbers, also behind the end of a sequence, and a sequence must be no longer than its pages.
+    On a TPU arrays whose last axis is of less than 128 should lie row by row: see `tpu.paged_attention`.
 
     Args:
       scale: H ** -0.5 if None; positive.
-      implementation: `gpu` or `reference`; None takes the best that applies.
+      implementation: `gpu`, `tpu` or `reference`; None takes the best that applies.
+      chip: `device_kind` of what this is compiled for; None: the default device.
       parts: of a sequence that the GPU's kernel works on at the same time; None: by the sizes.
       interpret: runs the kernel on any platform, slowly: for tests.
 
@@ -57,15 +62,20 @@ def paged_attention(
         scale=scale, window=window, sinks=sinks, softcap=softcap, k_scale_PKL=k_scale_PKL, v_scale_PKL=v_scale_PKL
     )  # fmt: skip
     args = q_BTNH, k_PKLH, v_PKLH, table_BM, length_B
-    kernels = {"gpu": functools.partial(_why_not, q_BTNH, k_PKLH, scaled=bool(scales))}
-    if chosen(implementation, kernels, interpret=interpret) == "reference":
+    kernels = {name: functools.partial(_why_not, name, q_BTNH, k_PKLH, scaled=bool(scales)) for name in ("gpu", "tpu")}
+    implementation = chosen(implementation, kernels, chip=chip, interpret=interpret)
+    if implementation == "reference":
         return reference.paged_attention(*args, **how)
-    from pallas_kernels.paged_attention import gpu  # late: slow to load, and of no use elsewhere
+    kernel = _kernel(implementation)
+    if implementation == "gpu":
+        return kernel.paged_attention(*args, **how, parts=parts, interpret=interpret)
+    cores = kernel.cores_of(chip or device_kind())
+    return kernel.paged_attention(*args, **how, cores=cores, interpret=interpret)
 
-    return gpu.paged_attention(*args, **how, parts=parts, interpret=interpret)
+
+def _kernel(name: str) -> ModuleType:
+    return importlib.import_module(f"pallas_kernels.paged_attention.{name}")  # late: slow to load, of no use elsewhere
 
 
-def _why_not(q_BTNH: jax.Array, k_PKLH: jax.Array, *, scaled: bool) -> str | None:
-    from pallas_kernels.paged_attention import gpu
-
-    return gpu.why_not(q_BTNH, k_PKLH, scaled=scaled)
+def _why_not(name: str, q_BTNH: jax.Array, k_PKLH: jax.Array, *, scaled: bool) -> str | None:
+    return _kernel(name).why_not(q_BTNH, k_PKLH, scaled=scaled)

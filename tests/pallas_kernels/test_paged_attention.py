@@ -1,4 +1,4 @@
-"""Attention over a paged cache: the reference beside whole sequences, and the kernel beside the reference."""
+"""Attention over a paged cache: the reference beside whole sequences, and the kernels beside the reference."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def cache(B, T, N, K, H, L, M, dtype=jnp.bfloat16, seed=0):
     q = jax.random.normal(keys[0], (B, T, N, H)).astype(jnp.bfloat16)
     table = jax.random.permutation(keys[3], P)[: B * M].reshape(B, M).astype(jnp.int32)
     pages = [jax.random.normal(key, (P, K, L, H)) for key in keys[1:3]]
-    if dtype == jnp.bfloat16:
+    if jnp.dtype(dtype).itemsize > 1:
         return (q, *(x.astype(dtype) for x in pages), table), {}
     top = 127 if dtype == jnp.int8 else 448
     scales = [jnp.abs(x).max(-1) / top for x in pages]
@@ -42,11 +42,11 @@ def test_the_reference_is_attention_over_each_whole_sequence(how):
         np.testing.assert_allclose(np.float32(ours[b]), np.float32(expected[0]), rtol=1e-2, atol=1e-2)
 
 
-def beside_the_reference(shape, lengths, dtype=jnp.bfloat16, *, interpret=False, parts=None, **how):
+def beside_the_reference(kernel, shape, lengths, dtype=jnp.bfloat16, *, interpret=False, parts=None, **how):
     arrays, scales = cache(*shape, dtype)
     lengths = jnp.asarray(lengths, jnp.int32)
     how = {"scale": 0.15} | how | scales
-    ours = api.paged_attention(*arrays, lengths, implementation="gpu", interpret=interpret, parts=parts, **how)
+    ours = api.paged_attention(*arrays, lengths, implementation=kernel, interpret=interpret, parts=parts, **how)
     exact = reference.paged_attention(*arrays, lengths, **how)
     assert ours.dtype == jnp.bfloat16 and np.isfinite(np.float32(ours)).all()
     np.testing.assert_allclose(np.float32(ours), np.float32(exact), rtol=2e-2, atol=5e-3)
@@ -68,33 +68,41 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_gpu_kernel_interpreted_is_the_reference(case):
     shape, lengths, how = CASES[case]
-    beside_the_reference(shape, lengths, interpret=True, **how)
+    beside_the_reference("gpu", shape, lengths, interpret=True, **how)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_tpu_kernel_interpreted_is_the_reference(case):
+    shape, lengths, how = CASES[case]
+    beside_the_reference("tpu", shape, lengths, interpret=True, **how)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_the_gpu_kernel_is_the_reference(hopper, case):
     shape, lengths, how = CASES[case]
-    beside_the_reference(shape, lengths, **how)
+    beside_the_reference("gpu", shape, lengths, **how)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("L", [16, 64, 128])
 def test_the_gpu_kernel_is_the_reference_over_long_sequences(hopper, L):
-    beside_the_reference((4, 1, 32, 4, 128, L, 4096 // L), [4096, 1000, 1, 2049])
+    beside_the_reference("gpu", (4, 1, 32, 4, 128, L, 4096 // L), [4096, 1000, 1, 2049])
 
 
+@pytest.mark.parametrize("kernel", ["gpu", "tpu"])
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
         ((1, 1, 2, 1, 80, 64, 1), "heads of 64, 128 and 256, not of 80"),
         ((1, 1, 2, 1, 64, 24, 1), "pages of 8, 16, 32, 64"),
+        ((1, 1024, 16, 1, 64, 64, 1), "1024 tokens of 16 heads that share a key head are more"),
     ],
 )
-def test_what_the_kernel_cannot_take_is_told(shape, message):
+def test_what_a_kernel_cannot_take_is_told(kernel, shape, message):
     arrays, _ = cache(*shape)
     with pytest.raises(ValueError, match=message):
-        api.paged_attention(*arrays, jnp.asarray([1]), scale=1.0, implementation="gpu")
+        api.paged_attention(*arrays, jnp.asarray([1]), scale=1.0, implementation=kernel)
 
 
 @pytest.mark.parametrize("kept", [jnp.bfloat16, jnp.int8])
