@@ -7,7 +7,8 @@ tpu; its simulator for tpu7x crashes at either):
 
     python -m pallas_kernels.rms_norm.bench --static v5e|v5p|v6e [--resident] [--json FILE]
 
-bfloat16; `ratio` is the smallest of (XLA's time / ours).
+bfloat16; `ratio` is the smallest of (XLA's time / ours). Simulated arrays are read from and written to the chip's
+memory, as those too large for its vector memory are; with `--resident` XLA may keep these small ones there.
 """
 
 import functools

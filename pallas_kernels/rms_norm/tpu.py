@@ -25,7 +25,7 @@ TALL = 256  # rows of a chunk at least, if there are two in a block
 
 
 class Cut(NamedTuple):
-    """How rows are cut: into so many blocks, of so many; a chunk of them is worked on at a time, a part after another."""
+    """Into how many blocks rows are cut, of how many, how many of these are worked on at a time, and by which parts."""
 
     blocks: int
     block: int
@@ -145,9 +145,9 @@ def backward(
 
 def _rows(x_RD: jax.Array | None) -> jax.Array | None:
     """As kernels take them: enough for a tile, and not in float16."""
-    if x_RD is None or len(x_RD) >= ROWS:
-        return x_RD if x_RD is None else taken(x_RD)
-    return whole(taken(x_RD), ROWS, 0)
+    if x_RD is None:
+        return None
+    return taken(x_RD) if len(x_RD) >= ROWS else whole(taken(x_RD), ROWS, 0)
 
 
 def _through(block: int, chunk: int, some: Callable) -> None:

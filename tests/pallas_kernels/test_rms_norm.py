@@ -84,7 +84,8 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
 @given(
     st.sampled_from([(1,), (16,), (3, 7), (5, 20), (133,)]), st.sampled_from([1, 40, 128, 200, 384]),
-    st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]), st.booleans(), st.booleans(), st.sampled_from([0.0, 1.0]),
+    st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]), st.booleans(), st.booleans(),
+    st.sampled_from([0.0, 1.0]),
 )  # fmt: skip
 @settings(max_examples=15, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_kernel_interpreted_is_the_reference(
