@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,3 +43,13 @@ def test_hopper_takes_training_in_half_precision_and_leaves_the_rest():
     assert not takes(T=1, S=256)
     assert not takes(mixing(ALiBi())) and not takes(mixing(cross=True)) and not takes(mixing(mask={"kind": "prefix"}))
     assert not mixing().kernel_applies(None, *[jnp.zeros((1, 8, 4, 64), jnp.bfloat16)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("chip", "scope"), [("TPU v4", "splash"), ("TPU v5 lite", "splash"), ("NVIDIA H100 80GB HBM3", "hopper")]
+)
+def test_every_tpu_and_hopper_has_its_kernel(chip, scope):
+    q, k = jnp.zeros((1, 256, 4, 128), jnp.bfloat16), jnp.zeros((1, 256, 2, 128), jnp.bfloat16)
+    document = jnp.zeros((1, 256), jnp.int32)
+    program = jax.make_jaxpr(lambda *args: mixing().kernel(chip, *args))(q, k, k, document)
+    assert scope in program.pretty_print(name_stack=True)

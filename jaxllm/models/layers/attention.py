@@ -351,7 +351,7 @@ class Mixing:
     ) -> Float[Array, "B T N H"]:
         """`whole` of one row of documents with itself, without a [T, S] array, on a chip of this kind."""
         how = dict(scale=self.scale, softcap=self.cfg.softcap, name="attention")
-        if not api.CHIPS["tpu"].has(chip):
+        if api.CHIPS["gpu"].has(chip):
             mask = self.algebra(document_BT)
             return api.attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, implementation="gpu", chip=chip, **how)
         return splash.attention(
