@@ -48,6 +48,18 @@ def environment(chip: str) -> dict[str, str]:
     }  # fmt: skip
 
 
+def device(chip: str) -> Any:
+    """One of the chip's devices, to compile for, none of which is here; `environment` is to be set."""
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(CHIPS[chip].topology, "tpu").devices[0]
+
+
+def instructions(text: str) -> list[str]:
+    """The lines of a compiled program's text, without the metadata of kernels, which has lines of its own."""
+    return re.sub(r"kernel_metadata=\{\n(.*\n)?\}", "", text).splitlines()
+
+
 def simulated(chip: str, make: str, *, bundles: bool = False, timeout: float = 900, **arguments: Any) -> dict[str, Any]:
     """The kernels of a program: `cycles` of all together, and of each its name, `cycles`, `bytes` that it must move.
 
@@ -78,7 +90,7 @@ def simulated(chip: str, make: str, *, bundles: bool = False, timeout: float = 9
 def kernels(chip: str, text: str, folder: Path) -> list[dict[str, Any]]:
     """The kernels of a compiled program's text."""
     found = []
-    for line in re.sub(r"kernel_metadata=\{\n(.*\n)?\}", "", text).splitlines():  # it has lines of its own
+    for line in instructions(text):
         if 'custom_call_target="tpu_custom_call"' not in line:
             continue
         name, rest = re.search(r"%?([\w.\-]+) = (.*)", line).groups()
@@ -118,12 +130,10 @@ def slots(folder: Path, name: str) -> dict[str, Any]:
 
 def main(chip: str, make: str, arguments: str, folder: str) -> None:
     import jax
-    from jax.experimental import topologies
 
-    device = topologies.get_topology_desc(CHIPS[chip].topology, "tpu").devices[0]
     module, name = make.split(":")
     function, shapes = getattr(importlib.import_module(module), name)(**json.loads(arguments))
-    here = jax.sharding.SingleDeviceSharding(device)
+    here = jax.sharding.SingleDeviceSharding(device(chip))
     args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for x in shapes]
     text = jax.jit(function).lower(*args).compile().as_text()
     found = kernels(chip, text, Path(folder))

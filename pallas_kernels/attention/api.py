@@ -105,9 +105,8 @@ class Chips(NamedTuple):
     unasked: bool = True  # whether it is taken without being asked for by name
 
 
-AMPERE = re.compile(
-    r"^NVIDIA.*\b(A\d+[GX]?|L\d+S?|[HB]\d\d+|G[HB]\d+|RTX (A\d+|[345]0[5-9]0|PRO)|Ada)\b"
-)  # and what came after
+# And what came after.
+AMPERE = re.compile(r"^NVIDIA.*\b(A\d+[GX]?|L\d+S?|[HB]\d\d+|G[HB]\d+|RTX (A\d+|[345]0[5-9]0|PRO)|Ada)\b")
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 CHIPS = {
     "gpu": Chips("a Hopper GPU", lambda chip: any(word.startswith(HOPPER) for word in chip.split())),
@@ -135,27 +134,27 @@ def device_kind() -> str:
 
 
 def chosen(
-    implementation: str | None, kernels: Mapping[str, Callable[[], str | None]], *, chip: str | None = None,
-    interpret: bool = False,
+    implementation: str | None, kernels: Mapping[str, Callable[[], str | None]], *,
+    chips: Mapping[str, Chips] = CHIPS, chip: str | None = None, interpret: bool = False,
 ) -> str:  # fmt: skip
     """The implementation that was asked for or, of None, the best of those taken unasked that applies.
 
     Args:
-      kernels: by their names in CHIPS; each says what of the arrays it cannot take.
+      kernels: by their names in `chips`, which says what they are for; each says what of the arrays it cannot take.
       chip: `device_kind` of what is compiled for; None: the default device.
 
     Raises:
       ValueError: no such implementation, or one that does not apply.
     """
     here = chip or device_kind()
-    at_home = [name for name in kernels if interpret or CHIPS[name].has(here)]
+    at_home = [name for name in kernels if interpret or chips[name].has(here)]
     if implementation is None:  # only a kernel that could run is loaded to be asked
-        unasked = (name for name in at_home if CHIPS[name].unasked)
+        unasked = (name for name in at_home if chips[name].unasked)
         return next((name for name in unasked if kernels[name]() is None), "reference")
     if implementation not in (known := (*kernels, "reference")):
         raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(known)}")
     if implementation in kernels:
-        elsewhere = None if implementation in at_home else f"it needs {CHIPS[implementation].name}, this is {here}"
+        elsewhere = None if implementation in at_home else f"it needs {chips[implementation].name}, this is {here}"
         if why := kernels[implementation]() or elsewhere:
             raise ValueError(f"implementation={implementation!r}: {why}")
     return implementation
@@ -222,8 +221,12 @@ def _extras(bias: Bias | None, dropout: float, key: jax.Array | None, N: int, X:
     return extras
 
 
-def _kernel(name: str) -> ModuleType:
-    return importlib.import_module(f"pallas_kernels.attention.{name}")  # late: slow to load, and of no use elsewhere
+def loaded(op: str, name: str) -> ModuleType:
+    """A kernel of an op, imported late: slow to load, and of no use elsewhere."""
+    return importlib.import_module(f"pallas_kernels.{op}.{name}")
+
+
+_kernel = functools.partial(loaded, "attention")
 
 
 def _why_not(name: str, q: jax.Array, k: jax.Array, v: jax.Array, extras: tuple[str, ...]) -> str | None:

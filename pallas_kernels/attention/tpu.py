@@ -105,12 +105,10 @@ def closed(todo: Work) -> Steps | None:
 def read(refs: Work, b) -> Steps:
     """The steps of a row of the batch, from scalar memory."""
     b = 0 if refs.order.shape[0] == 1 else b
-    partial, full, at = (
-        lambda row: refs.partial[b, row],
-        lambda row: refs.full[b, row],
-        lambda r, s: refs.order[b, r, s],
-    )
-    return Steps(partial, full, at, 2)
+    return Steps(
+        partial=lambda row: refs.partial[b, row], full=lambda row: refs.full[b, row],
+        at=lambda row, step: refs.order[b, row, step], most=2,
+    )  # fmt: skip
 
 
 def through(steps: Steps, row, unroll: int, ask: Callable, use: Callable) -> None:

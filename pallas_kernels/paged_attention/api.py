@@ -1,12 +1,10 @@
 """Attention over a paged cache by whatever is best where it runs."""
 
 import functools
-import importlib
-from types import ModuleType
 
 import jax
 
-from pallas_kernels.attention.api import chosen, device_kind, scale_of
+from pallas_kernels.attention.api import chosen, device_kind, loaded, scale_of
 from pallas_kernels.paged_attention import reference
 
 
@@ -73,8 +71,7 @@ def paged_attention(
     return kernel.paged_attention(*args, **how, cores=cores, interpret=interpret)
 
 
-def _kernel(name: str) -> ModuleType:
-    return importlib.import_module(f"pallas_kernels.paged_attention.{name}")  # late: slow to load, of no use elsewhere
+_kernel = functools.partial(loaded, "paged_attention")
 
 
 def _why_not(name: str, q_BTNH: jax.Array, k_PKLH: jax.Array, *, scaled: bool) -> str | None:

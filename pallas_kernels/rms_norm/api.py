@@ -1,19 +1,18 @@
 """RMSNorm, with the residual's addition before it, by whatever is best where it runs."""
 
 import functools
-import importlib
 import math
-from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import api as attention
-from pallas_kernels.attention.api import chosen, device_kind
+from pallas_kernels.attention.api import chosen, loaded
 from pallas_kernels.rms_norm import reference
 
 CHIPS = {"tpu": attention.CHIPS["tpu"], "gpu": attention.CHIPS["triton"]}
+WIDEST = 16384  # numbers of a row that registers of a GPU, and a TPU's vector memory, have room for
 
 
 class _Static(NamedTuple):
@@ -53,10 +52,8 @@ def rms_norm(
       ValueError: shapes or dtypes that do not match, or what a given implementation cannot take.
     """
     _check(x, weight_D, residual)
-    chip = chip or device_kind()
-    asked = ["tpu"] if implementation is None else CHIPS
-    kernels = {name: functools.partial(_why_not, name, x, chip, interpret) for name in asked}
-    kernel = chosen(implementation, kernels, interpret=True)  # each says itself where it is not at home
+    kernels = dict.fromkeys(CHIPS, functools.partial(_why_not, x))
+    kernel = chosen(implementation, kernels, chips=CHIPS, chip=chip, interpret=interpret)
     if kernel == "reference":
         return reference.rms_norm(x, weight_D, residual, eps=eps, offset=offset)
     scale_D = None if weight_D is None else offset + weight_D.astype(jnp.float32)
@@ -76,14 +73,16 @@ def _check(x: jax.Array, weight_D: jax.Array | None, residual: jax.Array | None)
         raise ValueError(f"residual {residual.shape} of {residual.dtype} must be {x.shape} of {x.dtype}, as x is")
 
 
-def _kernel(name: str) -> ModuleType:
-    return importlib.import_module(f"pallas_kernels.rms_norm.{name}")  # late: slow to load, and of no use elsewhere
+_kernel = functools.partial(loaded, "rms_norm")
 
 
-def _why_not(name: str, x: jax.Array, chip: str, interpret: bool) -> str | None:
-    if not (interpret or CHIPS[name].has(chip)):
-        return f"it needs {CHIPS[name].name}, this is {chip}"
-    return "it takes at least one number" if x.size == 0 else _kernel(name).why_not(x)
+def _why_not(x: jax.Array) -> str | None:
+    """What of this array the kernels, each of them, cannot take; None if they can."""
+    if x.size == 0:
+        return "it takes at least one number"
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"it takes bfloat16, float16 and float32, not {x.dtype}"
+    return None if x.shape[-1] <= WIDEST else f"it takes rows of at most {WIDEST} numbers, not of {x.shape[-1]}"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

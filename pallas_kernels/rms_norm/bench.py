@@ -75,7 +75,7 @@ def cycles(chip: str, text: str) -> int:
     types: dict[str, str] = {}
     total = 0
     entry = text[text.index("\nENTRY") :]
-    for line in re.sub(r"kernel_metadata=\{\n(.*\n)?\}", "", entry).splitlines():  # it has lines of its own
+    for line in static.instructions(entry):
         found = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (\([^=]*?\)|\S+) [\w\-]+\((.*?)\)", line)
         if found is None:
             continue
@@ -101,9 +101,7 @@ def simulated(chip: str, *, resident: bool) -> list[dict[str, Any]]:
         if not resident:  # all is lent to what runs, and no array stays there
             flags += f" --xla_tpu_scoped_vmem_limit_kib={VECTOR_MEMORY[chip]}"
         os.environ.update(static.environment(chip) | {"LIBTPU_INIT_ARGS": flags})
-        from jax.experimental import topologies
-
-        device = topologies.get_topology_desc(static.CHIPS[chip].topology, "tpu").devices[0]
+        device = static.device(chip)
         cases = []
         for R, D, residual in CASES:
             found: dict[str, Any] = {"R": R, "D": D, "residual": residual}

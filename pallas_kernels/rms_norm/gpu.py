@@ -14,7 +14,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-WIDEST = 16384  # numbers of a row that registers have room for
 SHARES = 512  # of the rows, going back
 
 
@@ -24,13 +23,6 @@ class Cut(NamedTuple):
     rows: int
     width: int
     warps: int
-
-
-def why_not(x: jax.Array) -> str | None:
-    """What of this array the kernels cannot take; None if they can."""
-    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"it takes bfloat16, float16 and float32, not {x.dtype}"
-    return None if x.shape[-1] <= WIDEST else f"it takes rows of at most {WIDEST} numbers, not of {x.shape[-1]}"
 
 
 def cut(x_RD: jax.Array) -> Cut:

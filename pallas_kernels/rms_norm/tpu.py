@@ -18,7 +18,6 @@ from pallas_kernels.attention.logits import whole
 from pallas_kernels.attention.tpu import LANES, MIB, column, taken
 
 ROWS, SUBLANES = 16, 8  # of tiles of bfloat16 and of float32
-WIDEST = 16384
 PART = 64 * 1024  # numbers worked on at a time: as float32 they fill all registers
 BLOCKS = 8 * MIB  # for all of a kernel: half of what any chip lends one of its vector memory unasked
 TALL = 256  # rows of a chunk at least, if there are two in a block
@@ -31,13 +30,6 @@ class Cut(NamedTuple):
     block: int
     chunk: int
     parts: list[slice]
-
-
-def why_not(x: jax.Array) -> str | None:
-    """What of this array the kernels cannot take; None if they can."""
-    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"it takes bfloat16, float16 and float32, not {x.dtype}"
-    return None if x.shape[-1] <= WIDEST else f"it takes rows of at most {WIDEST} numbers, not of {x.shape[-1]}"
 
 
 def cut(R: int, D: int, itemsize: int, arrays: int) -> Cut:

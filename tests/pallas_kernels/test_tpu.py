@@ -1,7 +1,5 @@
 """TPU kernels by the real compiler: they compile for every chip, and its simulator says how fast they are."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,16 +39,6 @@ def test_steps_as_arithmetic_are_those_of_the_work(data, sizes, blocks):
 @pytest.mark.parametrize("by", ["queries", "keys"])
 def test_causal_work_and_that_of_windows_is_arithmetic(mask, by):
     assert tpu.closed(work(mask, 512, 512, 32768, 32768, by=by)) is not None
-
-
-@pytest.fixture(params=static.CHIPS)
-def chip(request, monkeypatch):
-    """A device that is not here."""
-    for name, value in static.environment(request.param).items():
-        monkeypatch.setitem(os.environ, name, value)
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(static.CHIPS[request.param].topology, "tpu").devices[0]
 
 
 def compiled_with_gradients(chip, T: int, H: int, bias=None, **how):
